@@ -1,0 +1,164 @@
+"""Every setting of every stage, declared once.
+
+A recipe is a YAML file with one section per dataclass below; ``section.name=value`` on the command line overrides it.
+The text under a field is its ``--help``. A setting has one default, here, and none at its place of use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = "run"
+    """Name of the run; everything it writes goes to <root>/<name>."""
+    root: str = "runs"
+    """Folder of all runs, relative to the working directory."""
+    seed: int = 0
+    """Seed of sampling, initialisation and data order."""
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """The frozen model that the draft learns to predict."""
+
+    path: str = "embedded"
+    """Folder or hub name of the target; "embedded" is the small Llama-4 that ships with this package."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); ignored for a folder."""
+    dtype: str = "float32"
+    """Numerics in which the target runs: float32 or bfloat16."""
+    layers: tuple[int, ...] | None = None
+    """Captured layers, 0-based and ascending: outputs of these decoder layers. Default for N layers: [1, N//2-1, N-4]."""
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """Which questions the target is asked."""
+
+    prompts: str = "stdlib"
+    """A JSONL file ({"id"?, "source"?, "split"?, "messages" | "prompt" | "turns"} per line), or "stdlib": questions about
+    the documented functions of the Python standard library, split by module."""
+    train: int = 2000
+    """Conversations for training the draft (fewer where there are not as many)."""
+    validation: int = 48
+    """Conversations on which checkpoints are chosen; their answers are greedy."""
+    test: int = 96
+    """Conversations on which the report is made; neither target nor draft was trained on them."""
+    max_prompt_tokens: int = 512
+    """Longer prompts are left out, and counted."""
+
+
+@dataclass(frozen=True)
+class RegenerateSettings:
+    """How the target answers them."""
+
+    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    """Temperatures of the training answers, dealt out in turn; validation and test answers are greedy."""
+    max_new_tokens: int = 160
+    """Longest answer in tokens, end-of-turn included."""
+    batch_size: int = 32
+    """Prompts answered at once."""
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """How hidden states are recorded."""
+
+    batch_tokens: int = 8192
+    """Tokens of one recording batch."""
+    shard_tokens: int = 32768
+    """Tokens of one shard: the unit that is written, published and resumed."""
+    dtype: str = "bfloat16"
+    """Storage of features and last hidden states."""
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """The shape of the draft head; what is not set follows the target."""
+
+    vocab_size: int = 1024
+    """Draft vocabulary D: the target's most frequent output tokens. The target's own size means no mapping."""
+    intermediate_size: int = 512
+    """Width of the SwiGLU MLP."""
+    num_heads: int | None = None
+    """Attention heads; default the target's."""
+    num_kv_heads: int | None = None
+    """Key/value heads; default the target's."""
+    head_dim: int | None = None
+    """Width of one head; default the target's."""
+    rope_theta: float | None = None
+    """Base of the rotary embedding; default the target's."""
+    fc_norm: bool = False
+    """EAGLE-3.1: an RMSNorm per captured layer before fc."""
+    norm_output: bool = False
+    """EAGLE-3.1: feed the normed output back as the next step's hidden state."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The TTT rollout, the objective and the loop."""
+
+    ttt_steps: int = 7
+    """Steps K of the training-time test."""
+    step_decay: float = 0.8
+    """Weight of step j is step_decay ** j."""
+    objective: str = "lk"
+    """kl: soft cross-entropy; lk: LK-hybrid of KL and expected acceptance (arXiv 2602.23881)."""
+    epochs: int = 4
+    """Passes over the training samples."""
+    batch_tokens: int = 4096
+    """Tokens of one optimiser step over all ranks and accumulation steps."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises; it then falls to zero along a cosine."""
+    clip: float = 0.5
+    """Largest gradient norm."""
+    validate_every: int = 100
+    """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept beside the best head."""
+    tracker: str = "disabled"
+    """Weights & Biases through accelerate: online, offline or disabled; metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is measured, and with which drafting."""
+
+    chain: int = 5
+    """Drafted tokens per round."""
+    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
+    """Temperatures at which the test prompts are answered."""
+    prompts: int = 48
+    """Test prompts per temperature, dealt evenly over the sources."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    sampling: str = "sampled"
+    """Drafting at T > 0: sampled (rejection sampling) or greedy (vLLM's default). T = 0 is always greedy."""
+    dtype: str = "float32"
+    """Numerics of target and draft while decoding."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole recipe: one section per stage."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    target: TargetSettings = field(default_factory=TargetSettings)
+    prepare: PrepareSettings = field(default_factory=PrepareSettings)
+    regenerate: RegenerateSettings = field(default_factory=RegenerateSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
+    draft: DraftSettings = field(default_factory=DraftSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)

@@ -1,0 +1,76 @@
+"""The target's own chat format, and which tokens the assistant wrote.
+
+Whatever the template does (dates, tools, trimming), a sample is the ids that the target was given followed by the ids
+that it said. So nothing is rendered twice, and the loss mask needs no marks in the template.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..configs.errors import UserError
+from .conversations import Conversation
+from .files import sha256
+
+
+class TokenizerHash(NamedTuple):
+    """Hashes of what turns messages into ids."""
+
+    tokenizer: str
+    chat_template: str
+
+
+class Sequence(NamedTuple):
+    """Token ids of a whole conversation, int32 ``[T]``, and whether the assistant wrote each, bool ``[T]``."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """The ids the target is given: ``messages`` and the header of the answer.
+
+    Raises:
+        UserError: the chat template does not take these messages.
+    """
+    try:
+        ids = tokenizer.apply_chat_template(conversation.messages, add_generation_prompt=True, return_dict=False)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in conversation.messages)
+        raise UserError(
+            "prepare.prompts",
+            f'conversation "{conversation.id}" ({roles})',
+            f"the target's chat template refuses it: {error}",
+            "change its messages or leave it out",
+        ) from None
+    return list(ids)
+
+
+def sequence(prompt: list[int], answer: list[int]) -> Sequence:
+    """Prompt and answer as one document whose only assistant turn is the answer, end-of-turn included."""
+    input_ids = np.array(prompt + answer, dtype=np.int32)
+    loss_mask = np.arange(len(input_ids)) >= len(prompt)
+    return Sequence(input_ids, loss_mask)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> TokenizerHash:
+    """Hashes by which two runs know that they use the same tokenizer and chat template.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or is not one of the ``tokenizers`` library.
+    """
+    name = tokenizer.name_or_path
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError("target.path", name, "its tokenizer is not a fast one", "convert it to a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise UserError("target.path", name, "its tokenizer has no chat template", "take a target that follows a chat")
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    del definition["padding"], definition["truncation"]  # how it was called last, not what it is
+    return TokenizerHash(
+        sha256(json.dumps(definition, sort_keys=True).encode()), sha256(tokenizer.get_chat_template().encode())
+    )

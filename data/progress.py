@@ -1,0 +1,44 @@
+"""One line on stderr that says how far a long stage is."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+INTERVAL_TERMINAL, INTERVAL_LOG = 0.2, 10.0  # seconds between lines: a terminal overwrites them, a log keeps them
+
+
+class Progress:
+    """Counts units and tokens, and says now and then ``record 3/27 shards, 5,120 tokens/s, 1:05 left``.
+
+    Args:
+        stage: the name at the start of the line.
+        unit: what is counted, in the plural.
+        total: units in all.
+        done: units that were there before this process started; they do not count for the speed.
+    """
+
+    def __init__(self, stage: str, unit: str, total: int, done: int = 0) -> None:
+        self.stage, self.unit, self.total, self.done = stage, unit, total, done
+        self._start, self._at_start, self._tokens = time.monotonic(), done, 0
+        self._terminal = sys.stderr.isatty()
+        self._shown = 0.0
+
+    def advance(self, units: int, tokens: int) -> None:
+        """Count ``units`` finished with ``tokens`` processed."""
+        self.done += units
+        self._tokens += tokens
+        interval = INTERVAL_TERMINAL if self._terminal else INTERVAL_LOG
+        now = time.monotonic()
+        if now - self._shown >= interval or self.done >= self.total:
+            self._shown = now
+            ended = not self._terminal or self.done >= self.total
+            print(f"\r{self}\x1b[K" if self._terminal else self, end="\n" if ended else "", file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        elapsed = max(time.monotonic() - self._start, 1e-9)
+        finished = self.done - self._at_start
+        left = (self.total - self.done) * elapsed / finished if finished else 0.0
+        minutes, seconds = divmod(round(left), 60)
+        rate = f"{self._tokens / elapsed:,.0f} tokens/s"
+        return f"{self.stage} {self.done}/{self.total} {self.unit}, {rate}, {minutes}:{seconds:02d} left"
