@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from .refine import Refinement, refine
 PRETRAINING = pretrain.Recipe(stable_steps=2000, decay_steps=900)
 REFINEMENT = Refinement()
 MAX_ANSWER = 160
+TOKENIZER_TEXTS, QUESTIONS = 30000, 3000
 
 
 def main() -> None:
@@ -61,10 +63,10 @@ def build_corpus(packages: Path, work: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     chosen, counts = corpus.conversations(packages)
     texts = [corpus.render(example) for example in chosen]
-    tokenizer = corpus.train_tokenizer(iter(texts[:30000]))
+    tokenizer = corpus.train_tokenizer(iter(random.Random(0).sample(texts, TOKENIZER_TEXTS)))
     tokenizer.save_pretrained(work / "tokenizer")
     np.save(work / "ids.npy", corpus.encode(texts, tokenizer))
-    (work / "questions.json").write_text(json.dumps([example.question for example in chosen[:20000]]))
+    (work / "questions.json").write_text(json.dumps([example.question for example in chosen[:QUESTIONS]]))
     size = sum(len(text.encode()) for text in texts)
     facts = {"conversations": len(texts), "bytes": size, "functions": counts.most_common()}
     (work / "corpus.json").write_text(json.dumps(facts, indent=1))

@@ -31,10 +31,10 @@ class Refinement:
     """A step is ``answers`` greedy answers and ``rows`` windows of the training stream."""
 
     steps: int = 150
-    answers: int = 32
-    rows: int = 8
+    answers: int = 16
+    rows: int = 4
     length: int = 512
-    learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
     unlikelihood: float = 1.0
 
 

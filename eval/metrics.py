@@ -1,0 +1,267 @@
+"""What the traces say, by the definitions that every report of this project uses.
+
+* A round is one draft-and-verify iteration; rounds that drafted nothing do not count. ``accepted`` is counted before the
+  answer is trimmed at its end token.
+* Acceptance length AL = 1 + sum(accepted) / rounds. Acceptance rate = sum(accepted) / sum(drafted).
+* Acceptance at position i (from 1) = rounds with accepted >= i / rounds; conditional: / rounds with accepted >= i - 1.
+* TPS/user (output) = tokens after the first / time after the first; end to end: all tokens / whole time. Batch 1.
+* Speed-up = TPS/user with the draft / without it, over the same prompts.
+* Figures "without repeats" leave out the rounds that emitted only tokens which end an 8-gram seen before in the answer.
+
+Every figure is a ratio of sums over prompts. Its 95% interval comes from resampling the prompts (bootstrap, percentiles);
+a speed-up resamples both of its sides together, since they are measured on the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .traces import BASELINE, SPECULATIVE, Round, Trace
+
+RESAMPLES = 2000
+Choice = Literal["all", "without repeats", "whole"]
+
+
+class Estimate(NamedTuple):
+    """A figure and its 95% interval; NaN where there is nothing to count."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def ci95(self) -> list[float]:
+        """The interval as report.json holds it."""
+        return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Sums over rounds, and the figures made of them; positions count from 1, so ``by_position[0]`` is position 1."""
+
+    rounds: int
+    drafted: int
+    accepted: int
+    rate: float
+    length: Estimate
+    by_position: list[Estimate]
+    conditional: list[float]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds to the first token (mean) and tokens per second and user, with the draft and without it."""
+
+    ttft_s: float
+    baseline_ttft_s: float
+    tps_per_user: Estimate
+    tps_per_user_e2e: float
+    baseline_tps_per_user: Estimate
+    speedup: Estimate
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """Sum of ``numerators`` / sum of ``denominators`` (one of each per prompt), with its bootstrap interval."""
+    above, below = np.asarray(numerators, float), np.asarray(denominators, float)
+    picks = _resamples(len(above))
+    return _estimate(_divide(above.sum(), below.sum()), _divide(above[picks].sum(1), below[picks].sum(1)))
+
+
+def rounds_of(trace: Trace, chosen: Choice = "all") -> list[Round]:
+    """The rounds of an answer that count.
+
+    ``without repeats``: those that emitted a token which is not repeated. ``whole``: those that do not cross the end of
+    the answer, which is what an acceptance length simulated along recorded answers is compared with.
+    """
+    inside = trace.inside_repeats()
+    return [
+        entry
+        for entry, repeats in zip(trace.rounds, inside, strict=True)
+        if entry.drafted
+        and not (chosen == "without repeats" and repeats)
+        and not (chosen == "whole" and entry.emitted <= entry.accepted)
+    ]
+
+
+def acceptance(traces: Sequence[Trace], chosen: Choice = "all") -> Acceptance:
+    """Acceptance over the speculative answers among ``traces``."""
+    per_prompt = [rounds_of(trace, chosen) for trace in traces if trace.mode == SPECULATIVE]
+    counts = [len(rounds) for rounds in per_prompt]
+    accepted = [sum(entry.accepted for entry in rounds) for rounds in per_prompt]
+    drafted = sum(entry.drafted for rounds in per_prompt for entry in rounds)
+    depth = max((entry.drafted for rounds in per_prompt for entry in rounds), default=0)
+    reached = [[sum(entry.accepted >= i for entry in rounds) for rounds in per_prompt] for i in range(depth + 1)]
+    extra = ratio(accepted, counts)
+    return Acceptance(
+        rounds=sum(counts),
+        drafted=drafted,
+        accepted=sum(accepted),
+        rate=float(_divide(np.float64(sum(accepted)), np.float64(drafted))),
+        length=Estimate(1 + extra.value, 1 + extra.low, 1 + extra.high),
+        by_position=[ratio(hits, counts) for hits in reached[1:]],
+        conditional=[
+            float(_divide(np.float64(sum(hits)), np.float64(sum(before))))
+            for before, hits in zip(reached, reached[1:], strict=False)
+        ],
+    )
+
+
+def speed(traces: Sequence[Trace]) -> Speed:
+    """Speed over the prompts of ``traces``, which hold both answers of each at one temperature."""
+    pairs = _pairs(traces)
+    fast, plain = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    fast_tokens, fast_time = _after_first(fast)
+    plain_tokens, plain_time = _after_first(plain)
+    picks = _resamples(len(pairs))
+    resampled = [
+        _divide(tokens[picks].sum(1), seconds[picks].sum(1))
+        for tokens, seconds in ((fast_tokens, fast_time), (plain_tokens, plain_time))
+    ]
+    rates = [_divide(fast_tokens.sum(), fast_time.sum()), _divide(plain_tokens.sum(), plain_time.sum())]
+    return Speed(
+        ttft_s=float(np.mean([trace.ttft_s for trace in fast])),
+        baseline_ttft_s=float(np.mean([trace.ttft_s for trace in plain])),
+        tps_per_user=_estimate(rates[0], resampled[0]),
+        tps_per_user_e2e=sum(len(trace.ids) for trace in fast) / sum(trace.total_s for trace in fast),
+        baseline_tps_per_user=_estimate(rates[1], resampled[1]),
+        speedup=_estimate(_divide(rates[0], rates[1]), _divide(resampled[0], resampled[1])),
+    )
+
+
+def losslessness(traces: Sequence[Trace]) -> dict[str, Any] | None:
+    """How many greedy answers were compared with plain decoding, how many differ but for ties, and the largest gap."""
+    compared = [trace.lossless for trace in traces if trace.lossless is not None]
+    if not compared:
+        return None
+    gaps = [entry.gap for entry in compared if entry.gap is not None]
+    return {
+        "answers": len(compared),
+        "diverged": sum(entry.diverged for entry in compared),
+        "ties": sum(not entry.equal and not entry.diverged for entry in compared),
+        "largest_gap": max(gaps, default=0.0),
+    }
+
+
+def results(traces: Sequence[Trace], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ``results`` of report.json: per temperature all prompts (category None), then each source.
+
+    Args:
+        traces: all of a run's.
+        evaluation: its eval.json.
+    """
+    found = []
+    for temperature in sorted({trace.temperature for trace in traces}):
+        warm = [trace for trace in traces if trace.temperature == temperature]
+        for source in [None, *sorted({trace.source for trace in warm})]:
+            found.append(_result([t for t in warm if source in (None, t.source)], evaluation, temperature, source))
+    return found
+
+
+def warnings(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What in ``results`` cannot be right, or is not lossless."""
+    said = []
+    for entry in found:
+        where = f"{entry['category'] or 'all prompts'} at T={entry['temperature']:g}"
+        if entry["speedup_ci95"][0] > entry["acceptance_length"]:
+            said.append(
+                f"{where}: the speed-up's interval {entry['speedup_ci95'][0]:.2f}..{entry['speedup_ci95'][1]:.2f} lies above "
+                f"the acceptance length {entry['acceptance_length']:.2f}: an error in the measurement"
+            )
+        lossless = entry["losslessness"]
+        if lossless and lossless["diverged"] and entry["category"] is None:
+            said.append(
+                f"{where}: {lossless['diverged']} of {lossless['answers']} answers differ from plain decoding "
+                f"(largest top-2 gap {lossless['largest_gap']:.2g})"
+            )
+    return said
+
+
+def _result(
+    traces: list[Trace], evaluation: dict[str, Any], temperature: float, source: str | None
+) -> dict[str, Any]:
+    settings = evaluation["settings"]
+    every, fresh, rates = acceptance(traces), acceptance(traces, "without repeats"), speed(traces)
+    fast = [trace for trace in traces if trace.mode == SPECULATIVE]
+    return {
+        "benchmark": evaluation["benchmark"],
+        "category": source,
+        "n_prompts": len(fast),
+        "engine": evaluation["engine"],
+        "dtype": settings["dtype"],
+        "batch": evaluation["batch"],
+        "temperature": temperature,
+        "seed": evaluation["seed"],
+        "input_tokens_mean": float(np.mean([trace.input_tokens for trace in fast])),
+        "output_tokens_mean": float(np.mean([len(trace.ids) for trace in fast])),
+        "source": "decoded",
+        "drafting": {
+            "method": "chain",
+            "length": settings["chain"],
+            "total": None,
+            "top_k": 1,
+            "sampling": settings["sampling"] if temperature else "greedy",
+        },
+        "emitted_tokens": sum(len(trace.ids) for trace in fast),
+        **_acceptance_fields(every),
+        "without_repeats": _acceptance_fields(fresh),
+        "repeated_tokens": sum(sum(trace.repeated) for trace in fast) / sum(len(trace.ids) for trace in fast),
+        "ttft_s": rates.ttft_s,
+        "baseline_ttft_s": rates.baseline_ttft_s,
+        "tps_per_user": rates.tps_per_user.value,
+        "tps_per_user_ci95": rates.tps_per_user.ci95,
+        "tps_per_user_e2e": rates.tps_per_user_e2e,
+        "baseline_tps_per_user": rates.baseline_tps_per_user.value,
+        "baseline_tps_per_user_ci95": rates.baseline_tps_per_user.ci95,
+        "speedup": rates.speedup.value,
+        "speedup_ci95": rates.speedup.ci95,
+        "losslessness": losslessness(traces),
+    }
+
+
+def _acceptance_fields(counted: Acceptance) -> dict[str, Any]:
+    return {
+        "rounds": counted.rounds,
+        "drafted": counted.drafted,
+        "accepted": counted.accepted,
+        "acceptance_rate": counted.rate,
+        "acceptance_length": counted.length.value,
+        "acceptance_length_ci95": counted.length.ci95,
+        "acceptance_by_position": [position.value for position in counted.by_position],
+        "acceptance_by_position_ci95": [position.ci95 for position in counted.by_position],
+        "conditional_acceptance_by_position": counted.conditional,
+    }
+
+
+def _pairs(traces: Sequence[Trace]) -> list[tuple[Trace, Trace]]:
+    """(speculative, baseline) per prompt."""
+    plain = {(t.prompt_id, t.temperature): t for t in traces if t.mode == BASELINE}
+    return [(t, plain[t.prompt_id, t.temperature]) for t in traces if t.mode == SPECULATIVE]
+
+
+def _after_first(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds after the first token, per answer."""
+    tokens = np.array([len(trace.ids) - 1 for trace in traces], float)
+    return tokens, np.array([trace.total_s - trace.ttft_s for trace in traces], float)
+
+
+def _resamples(count: int) -> np.ndarray:
+    """``[RESAMPLES, count]`` indices of prompts drawn with replacement; the same ones in every call."""
+    return np.random.default_rng(0).integers(0, max(count, 1), (RESAMPLES, count))
+
+
+def _divide(above: np.ndarray | np.float64, below: np.ndarray | np.float64) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.true_divide(above, below)
+
+
+def _estimate(value: float, resampled: np.ndarray) -> Estimate:
+    """Resamples in which nothing was counted (NaN) say nothing about the figure."""
+    counted = resampled[np.isfinite(resampled)]
+    if not len(counted):
+        return Estimate(float(value), float("nan"), float("nan"))
+    low, high = np.percentile(counted, (2.5, 97.5))
+    return Estimate(float(value), float(low), float(high))

@@ -1,0 +1,238 @@
+"""Speculative decoding of one request: propose, verify, update.
+
+    verifier = TargetVerifier(target, capacity=700)
+    drafter = ChainDrafter(draft, target.head.embedding, chain=5, capacity=700)
+    decode(prompt, verifier, drafter, Limits(128, target.info.eos_ids), Sampling(temperature=0.0))
+
+The loop knows neither models nor tensors, so that tests can put stand-ins in both places. Plain decoding is the same
+loop without a drafter; both sides of a speed-up then run the same code.
+
+Positions: row t of the draft pairs the target's features of token t with the embedding of token t+1. Over a prompt of P
+tokens the target itself says token P, and row P-1 drafts token P+1. Accepted tokens enter the draft's cache as rows with
+real features, all at once; the last of them drafts the next round's first token.
+
+Shapes: B batch, T tokens, H hidden, F features, K drafted tokens, D draft vocabulary, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..models.draft import DraftCache, Eagle3Draft
+from ..models.generate import draw
+from ..models.target import Target
+from .sampling import Proposal, distribution, judge_greedy, judge_sampled, spread
+from .traces import Round
+
+
+class Sampling(NamedTuple):
+    """``temperature`` 0 is greedy. ``drafting`` at T > 0: "sampled" from the draft's distribution, or "greedy"."""
+
+    temperature: float = 0.0
+    drafting: str = "sampled"
+    seed: int = 0
+
+
+class Limits(NamedTuple):
+    """Where an answer ends: after ``max_new_tokens``, or with one of ``end_ids``."""
+
+    max_new_tokens: int
+    end_ids: Collection[int]
+
+
+class Verdict(NamedTuple):
+    """What the target made of a proposal.
+
+    ``tokens``: those that follow each position it ran over and that stand: accepted ones, then the target's own. For the
+    prompt these are its tokens from the second on, then the target's first. ``features``: ``[len(tokens), F, H]``, of
+    the positions that these tokens follow.
+    """
+
+    tokens: list[int]
+    features: Tensor
+
+
+class Drafter(Protocol):
+    """Proposes tokens; told after every verification what stands."""
+
+    def start(self, sampling: Sampling) -> None:
+        """Forget the last request."""
+
+    def update(self, verdict: Verdict) -> None:
+        """Take in the tokens that stand, in order and without gaps."""
+
+    def propose(self) -> Proposal:
+        """Draft the tokens that may follow."""
+
+
+class Verifier(Protocol):
+    """Runs the target over proposals."""
+
+    def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
+        """Forget the last request, run over ``prompt`` and say the first token."""
+
+    def verify(self, proposal: Proposal | None) -> Verdict:
+        """Judge a proposal, None being an empty one; ``len(tokens) - 1`` drafted tokens were accepted."""
+
+
+class Decoded(NamedTuple):
+    """An answer, who proposed each token ("draft" or "target"), the rounds, and seconds from the request's start."""
+
+    ids: list[int]
+    authors: list[str]
+    rounds: list[Round]
+    finished: bool
+    ttft_s: float
+    total_s: float
+
+
+@torch.inference_mode()
+def decode(
+    prompt: Sequence[int], verifier: Verifier, drafter: Drafter | None, limits: Limits, sampling: Sampling
+) -> Decoded:
+    """Answer ``prompt``. Without a drafter this is plain decoding, and there are no rounds."""
+    started = time.perf_counter()
+    verdict = verifier.start(prompt, sampling)
+    ids = verdict.tokens[-1:]
+    ttft = time.perf_counter() - started
+    authors, rounds, finished = ["target"], [], ids[0] in limits.end_ids
+    if drafter is not None:
+        drafter.start(sampling)
+    while not finished and len(ids) < limits.max_new_tokens:
+        proposal = None
+        if drafter is not None:
+            drafter.update(verdict)
+            proposal = drafter.propose()
+        verdict = verifier.verify(proposal)
+        emitted, finished = _trim(verdict.tokens, limits, len(ids))
+        ids += emitted
+        accepted = len(verdict.tokens) - 1
+        authors += (["draft"] * accepted + ["target"])[: len(emitted)]
+        if proposal is not None:
+            rounds.append(Round(len(proposal.tokens), accepted, len(emitted)))
+    return Decoded(ids, authors, rounds, finished, ttft, time.perf_counter() - started)
+
+
+def _trim(tokens: list[int], limits: Limits, before: int) -> tuple[list[int], bool]:
+    """The tokens up to the first end token or the limit, and whether the former ended the answer."""
+    tokens = tokens[: limits.max_new_tokens - before]
+    for index, token in enumerate(tokens):
+        if token in limits.end_ids:
+            return tokens[: index + 1], True
+    return tokens, False
+
+
+class TargetVerifier:
+    """The target with a cache that it keeps from request to request.
+
+    Args:
+        target: the model.
+        capacity: positions of the longest request: prompt, answer, and one proposal more.
+    """
+
+    def __init__(self, target: Target, capacity: int) -> None:
+        self._target = target
+        self._cache = target.new_cache(capacity)
+        self._sampling, self._random = Sampling(), torch.Generator()
+        self._last = 0
+
+    def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
+        """See :class:`Verifier`."""
+        self._cache.rollback(0)
+        # The drafter draws from the even seeds: acceptance must not depend on the numbers that chose the tokens.
+        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
+        output = self._target.forward(torch.tensor([list(prompt)]), self._cache)
+        _, self._last = self._judge(self._target.logits(output.last_hidden[0, -1:]), None)
+        return Verdict([*prompt[1:], self._last], output.features[0])
+
+    def verify(self, proposal: Proposal | None) -> Verdict:
+        """See :class:`Verifier`."""
+        before = self._cache.length
+        row = torch.tensor([self._last], device=self._target.device)
+        if proposal is not None:
+            row = torch.cat((row, proposal.tokens))
+        output = self._target.forward(row[None], self._cache)
+        accepted, self._last = self._judge(self._target.logits(output.last_hidden[0]), proposal)
+        self._cache.rollback(before + 1 + accepted)
+        if proposal is None:
+            return Verdict([self._last], output.features[0])
+        return Verdict([*proposal.tokens[:accepted].tolist(), self._last], output.features[0, : accepted + 1])
+
+    def _judge(self, logits: Tensor, proposal: Proposal | None) -> tuple[int, int]:
+        if proposal is None:
+            proposal = Proposal(torch.empty(0, dtype=torch.long, device=logits.device))
+        if self._sampling.temperature == 0:
+            return judge_greedy(logits, proposal.tokens)
+        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
+        return judge_sampled(logits, proposal, self._sampling.temperature, uniform)
+
+
+class ChainDrafter:
+    """The EAGLE-3 head, drafting ``chain`` tokens one after the other.
+
+    Args:
+        draft: the head, in the numerics it shall run in, on the target's device.
+        embedding: the target's, ``[V, H]``.
+        chain: tokens of a proposal, 1 or more.
+        capacity: positions of the longest request.
+    """
+
+    def __init__(self, draft: Eagle3Draft, embedding: Tensor, chain: int, capacity: int) -> None:
+        self._draft, self._embedding, self._chain = draft, embedding, chain
+        self._cache: DraftCache = draft.new_cache(1, capacity)
+        self._positions = torch.arange(capacity, device=embedding.device)[None]
+        every = torch.arange(draft.config.draft_vocab_size, device=embedding.device)
+        mapped = draft.config.draft_vocab_size < len(embedding)
+        self._vocabulary = draft.target_ids(every) if mapped else None
+        # Embeddings by draft id: one look-up less in every step.
+        self._own_embedding = embedding[self._vocabulary] if self._vocabulary is not None else embedding
+        self._sampling, self._random = Sampling(), torch.Generator()
+        self._length = 0
+        self._state = embedding.new_zeros(1, 1, embedding.shape[1])
+
+    def start(self, sampling: Sampling) -> None:
+        """See :class:`Drafter`."""
+        self._cache.rollback(0)
+        self._length = 0
+        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed)
+
+    def update(self, verdict: Verdict) -> None:
+        """See :class:`Drafter`."""
+        self._cache.rollback(self._length)
+        tokens = torch.tensor(verdict.tokens, device=self._embedding.device)
+        h_BTH = self._draft.combine(verdict.features)[None]
+        y_BTH = self._run(self._embedding[tokens][None], h_BTH)
+        self._length += len(verdict.tokens)
+        self._state = y_BTH[:, -1:]
+
+    def propose(self) -> Proposal:
+        """See :class:`Drafter`."""
+        greedy = self._sampling.temperature == 0 or self._sampling.drafting == "greedy"
+        uniform_K = torch.empty(0)
+        if not greedy:
+            uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(self._embedding.device)
+        y_BTH, chosen, rows = self._state, [], []
+        for step in range(self._chain):
+            logits_BD = self._draft.logits(y_BTH[:, 0])
+            if greedy:
+                chosen.append(logits_BD.argmax(-1))
+            else:
+                rows.append(distribution(logits_BD, self._sampling.temperature))
+                chosen.append(draw(rows[-1], uniform_K[step : step + 1]))
+            if step + 1 < self._chain:
+                y_BTH = self._run(self._own_embedding[chosen[-1]][None], self._draft.feedback(y_BTH))
+        tokens = torch.cat(chosen)
+        if self._vocabulary is not None:
+            tokens = self._vocabulary[tokens]
+        if greedy:
+            return Proposal(tokens)
+        return Proposal(tokens, spread(torch.cat(rows), self._vocabulary, len(self._embedding)))
+
+    def _run(self, embed_BTH: Tensor, h_BTH: Tensor) -> Tensor:
+        start = self._cache.length
+        return self._draft.decode(embed_BTH, h_BTH, self._positions[:, start : start + embed_BTH.shape[1]], self._cache)

@@ -1,0 +1,244 @@
+"""The EAGLE-3 draft head: one Llama-style decoder layer over the target's features.
+
+    h        = fc(concat(features))                            # once per verified token, captured layers ascending
+    x        = concat(input_layernorm(embed), hidden_norm(h))
+    y        = h + attention(x);  y = y + mlp(post_attention_layernorm(y))
+    logits   = lm_head(norm(y));  the next step's h is y
+
+Source: Li et al., arXiv 2503.01840. Row t pairs the features of token t with the embedding of token t+1, at RoPE position
+t; it predicts token t+2. Rotation is NeoX's (halves), whatever the target's own is. The embedding is the target's and
+not part of this module: callers pass embedded tokens. Parameter names are those that serving engines load.
+
+Shape suffixes: B batch, T new rows, S cached and new rows, N heads, G heads per key/value head, H hidden, F features,
+D draft vocabulary, V vocabulary, W head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """Everything that determines the shapes and the arithmetic of a head.
+
+    ``target_layers`` are the captured decoder layers, 0-based and ascending. ``fc_norm`` and ``norm_output`` are
+    EAGLE-3.1's: an RMSNorm per captured layer before ``fc``, and feeding ``norm(y)`` back instead of ``y``.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_layers: tuple[int, ...]
+    rms_norm_eps: float
+    rope_theta: float
+    max_positions: int
+    fc_norm: bool = False
+    norm_output: bool = False
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in at least float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, x.shape[-1:], self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections; what attends to what is the caller's affair (:mod:`.rollout` when training, ``decode`` when serving)."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        width = config.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, config.num_heads * width, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, config.num_kv_heads * width, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, config.num_kv_heads * width, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * width, config.hidden_size, bias=False)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class MidLayer(nn.Module):
+    """The decoder layer's parts, under the names of the checkpoint."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class DraftCache:
+    """Keys and values of the rows so far; rejected ones are taken back by moving ``length``."""
+
+    def __init__(self, config: DraftConfig, batch: int = 1, capacity: int = 1024) -> None:
+        self._shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.length = 0
+
+    def append(self, keys_BNTW: Tensor, values_BNTW: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows; returns all keys and values, ``[B, N, S, W]`` each."""
+        end = self.length + keys_BNTW.shape[2]
+        if self._keys is None or self._values is None or end > self._keys.shape[2]:
+            self._keys, self._values = self._grown(self._keys, keys_BNTW, end), self._grown(self._values, values_BNTW, end)
+        self._keys[:, :, self.length : end] = keys_BNTW
+        self._values[:, :, self.length : end] = values_BNTW
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from ``length`` on."""
+        self.length = min(self.length, length)
+
+    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
+        batch, heads, capacity, width = self._shape
+        grown = new.new_empty(batch, heads, max(capacity, 2 * end), width)
+        if old is not None:
+            grown[:, :, : self.length] = old[:, :, : self.length]
+        return grown
+
+
+class Eagle3Draft(nn.Module):
+    """The head.
+
+    Args:
+        config: its shape.
+        draft_ids: target ids ``[D]`` of the draft vocabulary, ascending; None where D = V and ids are shared.
+    """
+
+    d2t: Tensor
+    t2d: Tensor
+
+    def __init__(self, config: DraftConfig, draft_ids: Tensor | None = None) -> None:
+        super().__init__()
+        self.config = config
+        hidden, captured = config.hidden_size, len(config.target_layers)
+        self.fc = nn.Linear(captured * hidden, hidden, bias=False)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(hidden, config.rms_norm_eps) for _ in range(captured))
+        self.midlayer = MidLayer(config)
+        self.norm = RMSNorm(hidden, config.rms_norm_eps)
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        if draft_ids is not None:
+            chosen = torch.zeros(config.vocab_size, dtype=torch.bool)
+            chosen[draft_ids] = True
+            self.register_buffer("d2t", draft_ids - torch.arange(len(draft_ids)))
+            self.register_buffer("t2d", chosen)
+        half = config.head_dim // 2
+        inverse = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the draft vocabulary is a part of the target's (D < V)."""
+        return "d2t" in self._buffers
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """The target ids ``[D]`` that the draft can propose."""
+        ids = torch.arange(self.config.draft_vocab_size, device=self.fc.weight.device)
+        return ids + self.d2t if self.mapped else ids
+
+    def target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft ids to target ids; ``d2t`` holds offsets."""
+        return draft_ids + self.d2t[draft_ids] if self.mapped else draft_ids
+
+    def start_from(self, lm_head: Tensor) -> None:
+        """Give ``lm_head`` the target's own rows ``[V, H]``, so that training need not find them again."""
+        with torch.no_grad():
+            self.lm_head.weight.copy_(lm_head[self.draft_ids])
+
+    def combine(self, features: Tensor) -> Tensor:
+        """Captured states ``[..., F, H]`` to the draft's hidden state ``[..., H]``."""
+        if self.config.fc_norm:
+            parts = features.unbind(-2)
+            features = torch.stack([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -2)
+        out: Tensor = self.fc(features.flatten(-2))
+        return out
+
+    def logits(self, y: Tensor) -> Tensor:
+        """``[..., H]`` to ``[..., D]``."""
+        out: Tensor = self.lm_head(self.norm(y))
+        return out
+
+    def feedback(self, y: Tensor) -> Tensor:
+        """What the next step takes as its hidden state, ``[..., H]``."""
+        return self.norm(y) if self.config.norm_output else y
+
+    def inputs(self, embed: Tensor, h: Tensor) -> Tensor:
+        """``[..., H]`` and ``[..., H]`` to the attention's input ``[..., 2H]``; embedding first."""
+        return torch.cat((self.midlayer.input_layernorm(embed), self.midlayer.hidden_norm(h)), -1)
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """``[..., T, 2H]`` at RoPE ``positions [..., T]`` to rotated queries ``[..., N, T, W]``."""
+        return self._rotated(self._heads(self.midlayer.self_attn.q_proj(x)), positions)
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """``[..., T, 2H]`` to rotated keys and values, ``[..., N_kv, T, W]`` each."""
+        attention = self.midlayer.self_attn
+        return self._rotated(self._heads(attention.k_proj(x)), positions), self._heads(attention.v_proj(x))
+
+    def finish(self, h: Tensor, attended: Tensor) -> Tensor:
+        """The layer behind the attention: ``h [..., T, H]`` and ``attended [..., N, T, W]`` to ``y [..., T, H]``."""
+        y = h + self.midlayer.self_attn.o_proj(attended.transpose(-3, -2).flatten(-2))
+        out: Tensor = y + self.midlayer.mlp(self.midlayer.post_attention_layernorm(y))
+        return out
+
+    def decode(self, embed: Tensor, h: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
+        """Serve T rows behind those in ``cache``, and add them to it.
+
+        Args:
+            embed: embedded next tokens, ``[B, T, H]``.
+            h: combined features, or fed-back outputs, ``[B, T, H]``.
+            positions: RoPE positions, ``[B, T]``.
+
+        Returns:
+            y, ``[B, T, H]``.
+        """
+        x = self.inputs(embed, h)
+        query_BNTW = self.queries(x, positions)
+        keys_BNSW, values_BNSW = cache.append(*self.keys_values(x, positions))
+        new, total = query_BNTW.shape[2], keys_BNSW.shape[2]
+        mask = None if new == 1 else torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        attended = F.scaled_dot_product_attention(query_BNTW, keys_BNSW, values_BNSW, attn_mask=mask, enable_gqa=True)
+        return self.finish(h, attended)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(-3, -2)
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate halves (NeoX): pair i is (x[i], x[i + W/2]). Angles are taken in float64, as positions grow large."""
+        angles = (positions[..., None] * self.inverse_frequencies)[..., None, :, :]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)

@@ -1,0 +1,210 @@
+"""The frozen target: hidden states for recording, answers for training, verification for decoding.
+
+    target = load_target(TargetSettings())
+    ids = target.tokenizer("def f(x):", return_tensors="pt").input_ids
+    states = target.forward(ids)              # .features [B, T, F, H], .last_hidden [B, T, H]
+    target.logits(states.last_hidden[:, -1])  # [B, V]
+
+Any causal language model of transformers serves. Captured layer i is the residual stream at the output of decoder
+layer i, taken by a forward hook: the last of transformers' own ``hidden_states`` is after the final norm.
+
+Shapes: B batch, T tokens, F captured layers, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from ..configs.errors import UserError
+from ..configs.settings import TargetSettings
+from .generate import Answer, generate
+from .kv_cache import KVCache
+from .target_info import TargetHead, TargetInfo, attention_layout, describe, find_decoder
+
+__all__ = ["Answer", "Target", "TargetHead", "TargetInfo", "TargetOutput", "load_target"]
+
+EMBEDDED = Path(__file__).parent / "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_TOLERANCE = 1e-2  # of the largest logit, between the model's logits and those of its head: bfloat16 rounds at 4e-3
+
+
+class TargetOutput(NamedTuple):
+    """``last_hidden`` ``[B, T, H]`` after the final norm, and the captured layers' outputs, each ``[B, T, H]``."""
+
+    last_hidden: Tensor
+    captured: tuple[Tensor, ...]
+
+    @property
+    def features(self) -> Tensor:
+        """The captured layers' outputs as ``[B, T, F, H]``."""
+        return torch.stack([layer.to(self.last_hidden.device) for layer in self.captured], -2)
+
+
+class Target:
+    """A causal language model with its tokenizer, frozen.
+
+    Args:
+        model: any causal language model of transformers, in the numerics that it shall run in.
+        tokenizer: its tokenizer.
+        settings: which layers to capture; ``path`` and ``revision`` are names here.
+        weights_sha256: the checksum of the files it came from.
+
+    Raises:
+        UserError: a captured layer that the target does not have, or a kind of attention that is not supported.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TargetSettings,
+        weights_sha256: str = "",
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self._decoder = find_decoder(model, settings.path)
+        config = self._decoder.config
+        self._layer_types, self._span, self._mask_per_type = attention_layout(config, settings.path)
+        # transformers 5.24 gave the argument another name.
+        accepted = inspect.signature(self._decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self.head = TargetHead(
+            self._decoder.embed_tokens.weight.detach(),
+            self._decoder.norm.weight.detach(),
+            config.rms_norm_eps,
+            model.get_output_embeddings().weight.detach(),
+        )
+        self.info = describe(model, tokenizer, config, settings, self.head, weights_sha256)
+        self.device = self.head.embedding.device
+        # Llama-4 scales the queries of its position-free layers by a function of the position in the batch's longest
+        # row, constant below this position; beyond it, rows of unequal length have to run alone.
+        fields = config.to_dict()
+        self.uniform_positions = fields["floor_scale"] - 1 if fields.get("attn_temperature_tuning") else 1 << 62
+        self._captured: dict[int, Tensor] = {}
+        for layer in self.info.layers:
+            self._decoder.layers[layer].register_forward_hook(self._capture(layer))
+
+    def _capture(self, layer: int) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._captured[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> TargetOutput:
+        """Run the target over ``input_ids`` ``[B, T]``, which continue what is in ``cache`` and are added to it.
+
+        Without a cache every row starts at position 0. Rows padded on the right are exact for their real tokens, since
+        no token sees one that comes after it.
+        """
+        arguments: dict[str, Any] = {}
+        if cache is not None:
+            positions, masks = cache.prepare(input_ids.shape[1], self._decoder.dtype, self.device)
+            arguments = {
+                "position_ids": positions,
+                "attention_mask": masks if self._mask_per_type else masks[self._layer_types[0]],
+                self._cache_argument: cache,
+            }
+        states = self._decoder(input_ids=input_ids.to(self.device), use_cache=cache is not None, **arguments)[0]
+        if cache is not None:
+            cache.advance()
+        output = TargetOutput(states, tuple(self._captured[layer] for layer in self.info.layers))
+        self._captured.clear()
+        return output
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """``[..., H]`` after the final norm to ``[..., V]``."""
+        return F.linear(last_hidden, self.head.lm_head)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for ``batch`` rows of at most ``capacity`` positions; memory is taken at first use."""
+        return KVCache(self._layer_types, self._span, batch, capacity, always_mask=not self._mask_per_type)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        temperatures: Sequence[float],
+        max_new_tokens: int,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Answer ``prompts`` together, each at its own temperature (0: greedy), until its end token or the limit.
+
+        An answer depends on its prompt, temperature and seed alone: whatever shares the batch, its random draws are the
+        same, and its logits up to the rounding of their numerics. Seeds default to 0, 1, 2, ...
+        """
+        return generate(self, prompts, temperatures, max_new_tokens, seeds)
+
+
+def load_target(settings: TargetSettings) -> Target:
+    """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
+
+    Raises:
+        UserError: no such folder, a hub that cannot be reached, files that are no causal language model, or a setting
+            that does not suit it.
+    """
+    if settings.dtype not in DTYPES:
+        raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
+    path = str(EMBEDDED) if settings.path == "embedded" else settings.path
+    is_path = Path(path).is_absolute() or path.startswith(".")
+    if is_path and not (Path(path) / "config.json").is_file():
+        raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")
+    where = {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
+    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    try:
+        config = AutoConfig.from_pretrained(path, **where)
+        checksum = _weights_sha256(path, where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=DTYPES[settings.dtype], **placement, **where
+        )
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what transformers raises for missing files, refused downloads, unknown types
+        problem = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            "target.path", settings.path, problem, "check the name, or the connection to the hub"
+        ) from error
+    model.requires_grad_(False)
+    target = Target(model, tokenizer, settings, checksum)
+    check_head(target)
+    return target
+
+
+def _weights_sha256(path: str, where: dict[str, Any]) -> str:
+    """The checksum of model.safetensors; of several shards, that of the lines ``<checksum> <name>`` by name."""
+    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
+    if single is not None:
+        return _file_sha256(single)
+    index = cached_file(path, "model.safetensors.index.json", **where)
+    assert index is not None  # it raises instead
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    files = [cached_file(path, name, **where) for name in names]
+    lines = [f"{_file_sha256(file)} {name}\n" for file, name in zip(files, names, strict=True) if file]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_head(target: Target) -> None:
+    """Refuse a target whose logits are more than ``lm_head(last_hidden)`` (biases, soft caps): records hold no more."""
+    ids = torch.arange(4, device=target.device)[None] % target.info.vocab_size
+    with torch.no_grad():
+        real = target.model(input_ids=ids, use_cache=False).logits.float()
+    ours = target.logits(target.forward(ids).last_hidden).float()
+    if (real - ours).abs().max() > HEAD_TOLERANCE * real.abs().max():
+        problem = "its logits are not lm_head(norm(x))"
+        raise UserError("target.path", target.info.name, problem, "take a target without bias, scale or cap on its logits")

@@ -1,0 +1,42 @@
+"""How training meets the machine: the one place of ``train/`` that knows of devices, ranks and DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from ..configs.settings import Settings
+
+
+def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
+    """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU."""
+    cuda, launched = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
+    tracked = settings.train.tracker != "disabled"
+    accelerator = Accelerator(
+        cpu=not cuda,
+        gradient_accumulation_steps=settings.train.accumulation,
+        # Said without CUDA only, and only to a launched process: a lone one has no process group to give a backend to.
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if launched and not cuda else [],
+        log_with="wandb" if tracked else None,
+    )
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    if plugin is not None:
+        # DeepSpeed wants to know these before it sees a batch; the micro-batch is only its bookkeeping here.
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        plugin.deepspeed_config["gradient_accumulation_steps"] = settings.train.accumulation
+        plugin.deepspeed_config["gradient_clipping"] = settings.train.clip
+    if tracked:
+        options = {"wandb": {"name": settings.run.name, "mode": settings.train.tracker, "dir": str(run_dir)}}
+        accelerator.init_trackers("eagle3", init_kwargs=options)
+    return accelerator
+
+
+def gather_parameters(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
+    """All parameters, whole, on the CPU, under their own names; every rank must call it, the main process gets them."""
+    state = accelerator.get_state_dict(module)
+    return {name: tensor.detach().float().cpu() for name, tensor in (state or {}).items() if tensor.is_floating_point()}
