@@ -98,34 +98,31 @@ class MidLayer(nn.Module):
 
 
 class DraftCache:
-    """Keys and values of the rows so far; rejected ones are taken back by moving ``length``."""
+    """Keys and values of the rows so far; rejected ones are taken back by moving ``length``.
 
-    def __init__(self, config: DraftConfig, batch: int = 1, capacity: int = 1024) -> None:
-        self._shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+    Args:
+        config: the head's shape.
+        batch: rows of the batch.
+        capacity: positions of the longest request.
+        like: a tensor of the head's dtype and device.
+    """
+
+    def __init__(self, config: DraftConfig, batch: int, capacity: int, like: Tensor) -> None:
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
     def append(self, keys_BNTW: Tensor, values_BNTW: Tensor) -> tuple[Tensor, Tensor]:
         """Add rows; returns all keys and values, ``[B, N, S, W]`` each."""
-        end = self.length + keys_BNTW.shape[2]
-        if self._keys is None or self._values is None or end > self._keys.shape[2]:
-            self._keys, self._values = self._grown(self._keys, keys_BNTW, end), self._grown(self._values, values_BNTW, end)
-        self._keys[:, :, self.length : end] = keys_BNTW
-        self._values[:, :, self.length : end] = values_BNTW
+        start, end = self.length, self.length + keys_BNTW.shape[2]
+        self._keys[:, :, start:end] = keys_BNTW
+        self._values[:, :, start:end] = values_BNTW
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
-    def truncate(self, length: int) -> None:
+    def rollback(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
         self.length = min(self.length, length)
-
-    def _grown(self, old: Tensor | None, new: Tensor, end: int) -> Tensor:
-        batch, heads, capacity, width = self._shape
-        grown = new.new_empty(batch, heads, max(capacity, 2 * end), width)
-        if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
-        return grown
 
 
 class Eagle3Draft(nn.Module):
@@ -213,6 +210,10 @@ class Eagle3Draft(nn.Module):
         y = h + self.midlayer.self_attn.o_proj(attended.transpose(-3, -2).flatten(-2))
         out: Tensor = y + self.midlayer.mlp(self.midlayer.post_attention_layernorm(y))
         return out
+
+    def new_cache(self, batch: int, capacity: int) -> DraftCache:
+        """An empty cache for serving."""
+        return DraftCache(self.config, batch, capacity, self.fc.weight)
 
     def decode(self, embed: Tensor, h: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
         """Serve T rows behind those in ``cache``, and add them to it.

@@ -19,12 +19,15 @@ def walk(hits: Tensor, first: int, chain: int) -> list[int]:
         chain: drafted tokens per round, at most K.
 
     Returns:
-        one count in 0..chain a round. Rounds whose drafted tokens do not all lie inside the answer are left out; where
-        this is compared with decoding, they are left out there too.
+        one count in 0..chain a round. The round that crosses the end of the answer is left out, since what the draft
+        would have said behind it is not known; where this is compared with decoding, it is left out there too.
     """
     joint_T = hits[:chain].int().cumprod(0).sum(0).tolist()
-    accepted, row, end = [], first, len(joint_T) - 1 - chain
-    while row < end:
+    accepted, row, last = [], first, len(joint_T) - 2
+    while row < last:
+        left = last - row  # tokens of the answer that the round can draft
+        if left < chain and joint_T[row] == left:
+            break
         accepted.append(joint_T[row])
         row += joint_T[row] + 1
     return accepted

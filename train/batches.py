@@ -1,88 +1,141 @@
-"""Which samples an optimiser step sees, and how they become tensors.
+"""Which samples make up which optimiser step, and the tensors that a rank makes of its part.
 
-The plan of an epoch depends on the seed, the epoch and the samples' lengths only: not on how many ranks there are, nor on
-how often gradients are accumulated. Batches are cut from samples of similar length, so little of them is padding.
+    schedule = Schedule(samples, lengths, batch_tokens=4096, epochs=4, seed=0)
+    for batch in schedule.from_step(0):                      # Batch(step=1, epoch=0, samples=(17, 3, ...)), ...
+        parts = divide(batch.samples, lengths, ranks * accumulation)
+        collate([store[i] for i in parts[rank]])             # RolloutBatch
+
+The batches of an epoch are a pure function of seed, epoch, lengths and ``batch_tokens``. How many ranks and accumulation
+steps share one only decides how it is divided, so a run may go on with another number of them.
+
+Shapes: B batch, T tokens, F captured layers, H hidden.
 """
 
 from __future__ import annotations
 
-import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from ..data.store import Store, StoreSample
+from ..data.store import StoreSample
 from ..models.rollout import RolloutBatch
 
-POOL = 16  # batches that are sorted by length together: enough to pad little, few enough to mix
+POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
 
 
-def plan_epoch(indices: list[int], lengths: list[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Global batches of an epoch, every sample in exactly one.
+class Batch(NamedTuple):
+    """One optimiser step, counted from 1, in an epoch, counted from 0: the store's indices of its samples."""
+
+    step: int
+    epoch: int
+    samples: tuple[int, ...]
+
+
+def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+    """Deal all samples into batches of similar length, in random order.
+
+    Samples are shuffled, sorted by length within pools of ``POOL`` batches, and cut into batches. Pools run upwards and
+    downwards in turn, so that batches across their ends are of similar length too.
 
     Args:
-        indices: the store's training samples.
-        lengths: tokens of every sample of the store.
-        batch_tokens: most tokens of a batch, padding counted; a longer sample is a batch of its own.
-        seed, epoch: decide the order.
+        lengths: tokens of each sample.
+        batch_tokens: most tokens of a batch; a longer sample is a batch of its own.
+        seed: the run's seed.
+        epoch: counted from 0.
+
+    Returns:
+        the positions in ``lengths`` that make up each batch, longest first.
     """
-    shuffled = sorted(indices)
-    generator = random.Random(f"{seed}:{epoch}")
-    generator.shuffle(shuffled)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    pools = np.cumsum(np.asarray(lengths)[order]) // (POOL * batch_tokens)
+    upwards = np.asarray(lengths)[order] * np.where(pools % 2, -1, 1)
     batches: list[list[int]] = []
-    for pool in _cut(shuffled, lengths, POOL * batch_tokens, padded=False):
-        batches += _cut(sorted(pool, key=lambda i: (lengths[i], i)), lengths, batch_tokens, padded=True)
-    generator.shuffle(batches)
-    return batches
+    tokens = batch_tokens
+    for sample in order[np.lexsort((upwards, pools))].tolist():
+        if tokens + lengths[sample] > batch_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(sample)
+        tokens += lengths[sample]
+    return [
+        tuple(sorted(batches[i], key=lambda sample: (-lengths[sample], sample)))
+        for i in random.permutation(len(batches))
+    ]
 
 
-def _cut(indices: list[int], lengths: list[int], limit: int, padded: bool) -> list[list[int]]:
-    """Runs of at most ``limit`` tokens; if ``padded``, every sample counts as its run's longest."""
-    runs: list[list[int]] = []
-    tokens = 0
-    for index in indices:
-        tokens = (len(runs[-1]) + 1) * lengths[index] if runs and padded else tokens + lengths[index]
-        if not runs or tokens > limit:
-            runs.append([])
-            tokens = lengths[index]
-        runs[-1].append(index)
-    return runs
+class Schedule:
+    """Every optimiser step of a run.
 
-
-def share(batch: list[int], rank: int, world: int, accumulation: int) -> list[list[int]]:
-    """The micro-batches of one rank: ``accumulation`` of them, some empty where samples are few."""
-    parts = world * accumulation
-    return [batch[rank * accumulation + micro :: parts] for micro in range(accumulation)]
-
-
-def collate(store: Store, indices: list[int], device: torch.device) -> RolloutBatch:
-    """Samples as one right-padded batch in float32.
-
-    Without samples it is a short batch that nothing is learnt from, so that a rank without work still takes part in the
-    collectives of the others.
+    Args:
+        samples: the store's indices of the samples to train on.
+        lengths: tokens of each, in the same order.
+        batch_tokens: most tokens of a batch.
+        epochs: passes over the samples.
+        seed: the run's seed.
     """
-    samples = [store[index] for index in indices] or [_nothing(store[0])]
-    length = max(len(sample.input_ids) for sample in samples)
-    count, (captured, hidden) = len(samples), samples[0].features.shape[1:]
-    batch = RolloutBatch(
-        input_ids=torch.zeros(count, length, dtype=torch.long),
-        loss_mask=torch.zeros(count, length, dtype=torch.bool),
-        features=torch.zeros(count, length, captured, hidden),
-        last_hidden=torch.zeros(count, length, hidden),
-    )
-    for row, sample in enumerate(samples):
-        end = len(sample.input_ids)
-        batch.input_ids[row, :end] = sample.input_ids
-        batch.loss_mask[row, :end] = sample.loss_mask
-        batch.features[row, :end] = sample.features
-        batch.last_hidden[row, :end] = sample.last_hidden
-    return RolloutBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+    def __init__(
+        self, samples: Sequence[int], lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int
+    ) -> None:
+        self.samples, self.lengths = tuple(samples), tuple(lengths)
+        self.batch_tokens, self.epochs, self.seed = batch_tokens, epochs, seed
+
+    @cached_property
+    def steps_per_epoch(self) -> tuple[int, ...]:
+        return tuple(len(self._plan(epoch)) for epoch in range(self.epochs))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return sum(self.steps_per_epoch)
+
+    def from_step(self, done: int) -> Iterator[Batch]:
+        """Yield the batches that are left after ``done`` steps."""
+        step = 0
+        for epoch, count in enumerate(self.steps_per_epoch):
+            if done < step + count:
+                for number, batch in enumerate(self._plan(epoch), step + 1):
+                    if number > done:
+                        yield Batch(number, epoch, tuple(self.samples[i] for i in batch))
+            step += count
+
+    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
+        return plan_epoch(self.lengths, self.batch_tokens, self.seed, epoch)
 
 
-def _nothing(sample: StoreSample) -> StoreSample:
-    short = slice(0, 4)
-    return sample._replace(
-        input_ids=sample.input_ids[short],
-        loss_mask=torch.zeros(4, dtype=torch.bool),
-        features=sample.features[short],
-        last_hidden=sample.last_hidden[short],
+def divide(samples: Sequence[int], lengths: Mapping[int, int] | Sequence[int], parts: int) -> list[tuple[int, ...]]:
+    """Split a batch, longest sample first, into ``parts`` of about as many tokens each; small batches leave some empty.
+
+    Args:
+        samples: the store's indices.
+        lengths: tokens of every sample of the store, by its index.
+        parts: ranks times accumulation steps.
+    """
+    total = sum(lengths[sample] for sample in samples)
+    divided: list[list[int]] = [[] for _ in range(parts)]
+    before = 0
+    for sample in samples:
+        middle = before + lengths[sample] / 2
+        divided[int(middle * parts / total)].append(sample)
+        before += lengths[sample]
+    return [tuple(part) for part in divided]
+
+
+def collate(samples: Sequence[StoreSample]) -> RolloutBatch:
+    """Pad samples on the right to the longest, in the store's own numerics.
+
+    Returns:
+        input_ids int64 and loss_mask bool ``[B, T]``, features ``[B, T, F, H]``, last_hidden ``[B, T, H]``, lengths ``[B]``.
+    """
+    return RolloutBatch(
+        input_ids=pad_sequence([sample.input_ids.long() for sample in samples], batch_first=True),
+        loss_mask=pad_sequence([sample.loss_mask for sample in samples], batch_first=True),
+        features=pad_sequence([sample.features for sample in samples], batch_first=True),
+        last_hidden=pad_sequence([sample.last_hidden for sample in samples], batch_first=True),
+        lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
     )
