@@ -1,0 +1,70 @@
+# `make` says what there is. Everything is installed into .venv by the target that needs it; PYTHON chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PACKAGES := configs data eval models train
+# Comments that silence a checker; more than these and `make check` fails.
+SUPPRESSIONS := 10
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow check bench target clean
+
+help: ## what there is
+	@echo "make TARGET [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1#\2/p' Makefile | column -t -s '#'
+
+install: $(VENV)/package ## make .venv with the package and what it needs
+
+demo: $(VENV)/package ## every stage on the model that ships; runs/tiny/eval/report.html
+	@echo "eagle3 run configs/tiny.yaml: prompts, answers, hidden states, draft head, report (settings: eagle3 run --help)"
+	@$(BIN)/eagle3 run configs/tiny.yaml
+
+test: $(VENV)/dev ## the tests, less those that take minutes
+	@$(BIN)/python -m pytest -q -rs --durations=10
+
+test-slow: $(VENV)/dev ## the tests that take minutes
+	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow
+
+check: $(VENV)/dev .typing/eagle3 ## format, lint, types
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@MYPYPATH=.typing $(BIN)/mypy -p eagle3
+	@count=$$(grep -rnE '# *(noqa|type: *ignore)' --include='*.py' *.py $(PACKAGES) tests | wc -l); \
+	echo "suppressions: $$count of at most $(SUPPRESSIONS)"; [ $$count -le $(SUPPRESSIONS) ]
+
+bench: $(VENV)/package ## decoding alone, again: the demo's report without its earlier measurements
+	@rm -rf runs/tiny/eval
+	@$(BIN)/eagle3 run configs/tiny.yaml
+
+target: $(VENV)/package ## train the model that ships once more, into .target/embedded (hours)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target .target/packages \
+		--requirement train/embedded/packages.txt
+	@$(BIN)/torchrun --nproc-per-node $$(nproc) -m eagle3.train.embedded
+
+clean: ## remove what the other targets made, runs/ excepted
+	@rm -rf $(VENV) .typing build eagle3.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The environment, in steps, so that a change of the pins installs and does not start over.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: PYTHON = $(PYTHON): it is not Python 3.11 or later; install one, or say make PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: PYTHON = $(PYTHON): it cannot make environments; install its venv module" >&2; exit 2; }
+
+$(VENV)/package: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing eagle3 and what it needs into $(VENV) (a few minutes, once)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/package
+	@echo "installing what checks and tests need"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# The root of the repository is the package, so mypy needs a folder that holds it under its name.
+.typing/eagle3:
+	@mkdir -p .typing && ln -s .. $@

@@ -1,0 +1,210 @@
+"""The command line.
+
+    eagle3 run tiny run.name=mine train.epochs=8
+
+Every command ends with one of the exit codes of :mod:`.configs.errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from .configs.entry import Lazy, finish, opened, share_cores
+from .configs.errors import UserError
+from .configs.loader import describe, load, recipes
+from .configs.settings import Settings
+
+if TYPE_CHECKING:
+    from .data import inspection, prepare, record, regenerate
+    from .eval import report
+    from .eval import stage as evaluation
+    from .models import target as targets
+    from .train import loop
+else:
+    inspection, report = Lazy("eagle3.data.inspection"), Lazy("eagle3.eval.report")
+    prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
+    record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
+    evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
+
+
+class Run:
+    """A recipe, the folder that it fills, and its target, which is loaded when a stage first needs it."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+
+    @cached_property
+    def target(self) -> targets.Target:
+        """The frozen model; seconds for a small one, minutes for a large one."""
+        return targets.load_target(self.settings.target)
+
+
+class Stage(NamedTuple):
+    """One stage as a command.
+
+    ``stands(run)`` says whether it is complete, ``execute(run)`` completes it; both refuse changed settings.
+    ``sections`` are the settings that matter to it.
+    """
+
+    text: str
+    stands: Callable[[Run], bool]
+    execute: Callable[[Run], None]
+    sections: tuple[str, ...]
+
+
+STAGES = {
+    "prepare": Stage(
+        "choose the prompts and split them",
+        lambda run: prepare.prepared(run.settings, run.folder),
+        lambda run: prepare.prepare(run.settings, run.folder, run.target.tokenizer),
+        ("run", "target", "prepare"),
+    ),
+    "regenerate": Stage(
+        "let the target answer them",
+        lambda run: regenerate.regenerated(run.settings, run.folder),
+        lambda run: regenerate.regenerate(run.settings, run.folder, run.target),
+        ("run", "target", "regenerate"),
+    ),
+    "record": Stage(
+        "record the target's hidden states",
+        lambda run: record.recorded(run.settings, run.folder),
+        lambda run: record.record(run.settings, run.folder, run.target),
+        ("run", "target", "record"),
+    ),
+    "train": Stage(
+        "train the draft head",
+        lambda run: (run.folder / "train" / "done.json").exists(),
+        lambda run: loop.train(run.settings, run.folder),
+        ("run", "draft", "train", "eval"),
+    ),
+    "eval": Stage(
+        "answer the test prompts with and without the draft, and report",
+        lambda run: (run.folder / "eval" / "eval.json").exists(),
+        lambda run: evaluation.evaluate(run.settings, run.folder, run.target),
+        ("run", "target", "eval"),
+    ),
+}
+OTHERS = {
+    "run": "all stages in order, skipping those that are complete",
+    "inspect": "what a recorded store holds, and whether it is whole",
+    "report": "make reports again, or set several runs side by side",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. ``arguments`` default to those of the process."""
+    share_cores()
+    return finish(partial(_dispatch, sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: Sequence[str]) -> None:
+    commands = ["run", *STAGES, "inspect", "report"]
+    if not arguments:
+        raise UserError("command", "(none)", "nothing to do", f"choose one of {', '.join(commands)}, or --help")
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}"
+        raise UserError("command", arguments[0], "there is no such command", remedy)
+    parsed, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        remedy = f"write settings as section.name=value, after the recipe; see eagle3 {arguments[0]} --help"
+        raise UserError("argument", unknown[0], "there is no such option", remedy)
+    match parsed.command:
+        case "inspect":
+            print(inspection.inspect(parsed.store, parsed.verify))
+        case "report":
+            report_runs(parsed.runs)
+        case command:
+            settings = load(parsed.config, parsed.overrides)
+            with opened(settings) as folder:
+                run_stages(list(STAGES) if command == "run" else [command], Run(settings, folder))
+
+
+def run_stages(names: Sequence[str], run: Run) -> None:
+    """Complete the named stages in order, saying of each how long it took; after eval, report."""
+    for name in names:
+        stage = STAGES[name]
+        with _timed(name) as outcome:
+            # What the two last stages were made from is only known once they look; they return at once if they stand.
+            if stage.stands(run):
+                outcome.append("done before")
+            if not outcome or name in ("train", "eval"):
+                stage.execute(run)
+    if "eval" in names:
+        report_runs([run.folder])
+
+
+@contextmanager
+def _timed(name: str) -> Iterator[list[str]]:
+    started, outcome = time.monotonic(), list[str]()
+    yield outcome
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"{name:<12}{outcome[0] if outcome else f'done in {minutes}:{seconds:02d}'}", flush=True)
+
+
+def report_runs(folders: Sequence[Path]) -> None:
+    """Write the report of every run; show one as a table, several side by side."""
+    reports = [report.write_report(folder) for folder in folders]
+    print(f"\n{report.summary_table(reports[0]) if len(reports) == 1 else report.compare(list(folders))}\n")
+    for folder in folders:
+        print(folder / "eval" / "report.html")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells mistakes as every other part of the project does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError("command", self.prog, message, f"see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="eagle3",
+        description="Train an EAGLE-3 draft head for a frozen language model, and measure what it is worth.",
+        epilog="eagle3 COMMAND --help explains every setting that matters to a command.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    every = tuple(describe())
+    for name, text, sections in (
+        ("run", OTHERS["run"], every),
+        *((name, stage.text, stage.sections) for name, stage in STAGES.items()),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=explain(sections),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
+        overrides = "settings that take the place of the recipe's"
+        command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
+    inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
+    inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
+    inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
+    reports = commands.add_parser("report", help=OTHERS["report"], allow_abbrev=False)
+    reports.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
+    return parser
+
+
+def explain(sections: Sequence[str]) -> str:
+    """Every setting of ``sections`` with its default and its explanation."""
+    width = min(100, shutil.get_terminal_size().columns) - 6
+    lines = ["settings, with their defaults:"]
+    for section in sections:
+        for setting in describe()[section]:
+            text = textwrap.fill(setting.text, width)
+            lines += [f"  {setting.name}={setting.default}", textwrap.indent(text, " " * 6)]
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""What every command of this project shares: how it reads its recipe, what it may take, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .errors import Eagle3Error, Interrupted, UserError
+from .loader import save
+from .settings import Settings
+
+RESUMABLE = Interrupted.exit_code
+
+
+class Lazy:
+    """Stands for a module and imports it when a name in it is first used.
+
+    Stages import torch and transformers, which takes seconds; ``--help`` and a mistyped setting must not wait for them.
+    (:class:`importlib.util.LazyLoader` will not do: whatever walks over ``sys.modules`` wakes its modules.)
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(import_module(self._name), attribute)
+
+
+def finish(command: Callable[[], None]) -> int:
+    """Run ``command``; returns its exit code, having said on stderr, in one line, why it is not 0.
+
+    SIGTERM outside a stage's units ends the command as Ctrl-C does. What a stage has finished stays, so both are
+    resumable; so is a command whose reader went away. Other exceptions are bugs and keep their traceback.
+    """
+    earlier = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        command()
+        sys.stdout.flush()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except Eagle3Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; resume with the same command", file=sys.stderr)
+        return RESUMABLE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
+        return RESUMABLE
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[Path]:
+    """The run's folder, with the recipe in ``config.yaml``, so that a command can be resumed from there alone.
+
+    A recipe that a stage refuses does not replace the one that the run was made with.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = Path(settings.run.root) / settings.run.name
+    recipe = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = recipe.read_bytes() if recipe.exists() else None
+        save(settings, recipe)
+    except OSError as error:
+        problem = f"{folder} cannot be written ({error.strerror})"
+        raise UserError("run.root", settings.run.root, problem, "choose a folder that you may write to") from error
+    try:
+        yield folder
+    except UserError:
+        if earlier is not None:
+            recipe.write_bytes(earlier)
+        raise
+
+
+def share_cores() -> None:
+    """Give each of several processes on this machine its part of the cores, unless the user has chosen.
+
+    One process alone is left to torch's default. Before torch is imported: more threads than cores wait for each other.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1:
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))

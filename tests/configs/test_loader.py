@@ -1,0 +1,211 @@
+"""Recipes become settings, mistakes become one line that names setting, value and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from eagle3.configs import limits, loader
+from eagle3.configs.errors import UserError
+from eagle3.configs.settings import Settings
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe that sets little."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("run:\n  name: mine\ntrain:\n  epochs: 2\n  clip: 1e-1\n")
+    return path
+
+
+def refusal(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        loader.load(recipe, overrides)
+    return str(refused.value)
+
+
+def test_defaults_then_recipe_then_command_line(recipe: Path) -> None:
+    settings = loader.load(recipe, ["train.epochs=5", "eval.chain=2", "eval.chain=3"])
+    expected = Settings()
+    assert settings == dataclasses.replace(
+        expected,
+        run=dataclasses.replace(expected.run, name="mine"),
+        train=dataclasses.replace(expected.train, epochs=5, clip=0.1),
+        eval=dataclasses.replace(expected.eval, chain=3),
+    )
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert loader.load(tmp_path / "empty.yaml") == Settings()
+    (tmp_path / "sections.yaml").write_text("train:\neval:\n")
+    assert loader.load(tmp_path / "sections.yaml") == Settings()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-3", 1e-3),
+        ("train.learning_rate=1", 1.0),
+        ("draft.fc_norm=true", True),
+        ("draft.fc_norm=no", False),
+        ("draft.num_heads=8", 8),
+        ("draft.num_heads=null", None),
+        ("draft.rope_theta=none", None),
+        ("run.name=7", "7"),
+        ("run.name=true", "true"),
+        ("run.name=a: b", "a: b"),
+        ("target.revision=1e5", "1e5"),
+        ("target.revision=null", None),
+        ("target.layers=1,7,12", (1, 7, 12)),
+        ("target.layers=[1, 7, 12]", (1, 7, 12)),
+        ("target.layers=(1,7)", (1, 7)),
+        ("target.layers=null", None),
+        ("eval.temperatures=0", (0.0,)),
+        ("eval.temperatures=0,1e-1", (0.0, 0.1)),
+        ("train.betas=0.9,0.99", (0.9, 0.99)),
+        (" train.epochs = 3 ", 3),
+    ],
+)
+def test_overrides_have_the_type_of_their_field(recipe: Path, override: str, value: object) -> None:
+    section, key = override.partition("=")[0].strip().split(".")
+    found = dataclasses.asdict(loader.load(recipe, [override]))[section][key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "override = train.epochs: it has no value; write section.name=value"),
+        ("train.epoch=3", "setting = train.epoch: there is no such setting; did you mean train.epochs?"),
+        ("trian.epochs=3", "setting = trian: there is no such section; did you mean train.epochs?"),
+        ("epochs=3", "setting = epochs: there is no such section; did you mean train.epochs?"),
+        ("draft.learning_rate=3", "there is no such setting; did you mean train.learning_rate?"),
+        ("train.xyz=3", "setting = train.xyz: there is no such setting; choose one of ttt_steps, step_decay,"),
+        ("train.epochs=true", "train.epochs = true: it is true or false; give a whole number"),
+        ("train.epochs=2.0", "train.epochs = 2.0: it is a number; give a whole number"),
+        ("train.epochs=null", "train.epochs = null: it is null; give a whole number"),
+        ("train.epochs=", "train.epochs = null: it is null; give a whole number"),
+        ("train.epochs=[1", "it is a text; give a whole number"),
+        ("train.clip=high", "train.clip = high: it is a text; give a number"),
+        ("train.clip=false", "train.clip = false: it is true or false; give a number"),
+        ("train.clip=nan", "train.clip = nan: it is not finite; give a number"),
+        ("train.clip=inf", "train.clip = inf: it is not finite; give a number"),
+        ("draft.fc_norm=1", "draft.fc_norm = 1: it is a whole number; give true or false"),
+        ("target.layers=a,b", "target.layers = a,b: it is a text; give a whole number"),
+        ("train.betas=0.9", "train.betas = 0.9: it has 1 values; give 2"),
+    ],
+)
+def test_overrides_that_cannot_be(recipe: Path, override: str, message: str) -> None:
+    assert message in refusal(recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.name=", 'run.name = "": it is empty'),
+        ("run.name=../x", "run.name = ../x: it is no name of a folder"),
+        ("run.name=..", "run.name = ..: it is no name of a folder"),
+        ("run.seed=-1", "run.seed = -1: -1 makes no sense here; give from 0 to below 2**63"),
+        ("target.dtype=float16", "target.dtype = float16: not supported; choose one of float32, bfloat16"),
+        ("target.layers=7,1", "target.layers = [7, 1]: layers are named once each, ascending; give [1, 7]"),
+        ("target.layers=1,1", "give [1]"),
+        ("target.layers=-1,3", "target.layers = [-1, 3]: -1 makes no sense here; give 0 or more"),
+        ("target.layers=[]", "target.layers = []: it is empty; give one value or more"),
+        ("prepare.train=0", "prepare.train = 0: 0 makes no sense here; give 1 or more"),
+        ("regenerate.temperatures=", "regenerate.temperatures = []: it is empty"),
+        ("regenerate.temperatures=0,-0.5", "regenerate.temperatures = [0.0, -0.5]: -0.5 makes no sense here"),
+        ("eval.temperatures=0,0", "eval.temperatures = [0.0, 0.0]: one stands twice; give each once"),
+        ("train.ttt_steps=0", "train.ttt_steps = 0: 0 makes no sense here; give 1 or more"),
+        ("train.objective=tv", "train.objective = tv: not supported; choose one of kl, lk"),
+        ("train.betas=0.9,1", "train.betas = [0.9, 1.0]: 1.0 makes no sense here; give from 0 to below 1"),
+        ("train.warmup=1.5", "give from 0 to 1"),
+        ("train.step_decay=0", "give more than 0 and at most 1"),
+        ("train.learning_rate=0", "give more than 0"),
+        ("eval.chain=0", "eval.chain = 0: 0 makes no sense here; give 1 or more"),
+        ("eval.sampling=beam", "choose one of sampled, greedy"),
+        ("draft.head_dim=7", "draft.head_dim = 7: rotary embeddings turn pairs; give an even number"),
+    ],
+)
+def test_values_that_make_no_sense(recipe: Path, override: str, message: str) -> None:
+    assert message in refusal(recipe, override)
+
+
+def test_heads_are_shared_evenly(recipe: Path) -> None:
+    message = "draft.num_kv_heads = 3: it does not divide draft.num_heads = 8; give a divisor"
+    assert message in refusal(recipe, "draft.num_heads=8", "draft.num_kv_heads=3")
+    assert loader.load(recipe, ["draft.num_kv_heads=3"]).draft.num_kv_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: [1", "line 1: not YAML: expected ',' or ']', but got '<stream end>'; correct the line"),
+        ("run:\n  name: a\n  name: b\n", "line 3: not YAML: name stands twice; correct the line"),
+        ("train: {}\nrun: {}\ntrain: {}\n", "line 3: not YAML: train stands twice; correct the line"),
+        ("train:\n\tepochs: 3\n", "line 2: not YAML: found character"),
+        ("- train\n", "it has no sections; write sections of settings: run, target,"),
+        ("train: 3\n", "train = 3: a section holds settings; write them indented under its name"),
+        ("train.epochs: 3\n", "recipe = train.epochs: YAML nests settings; write epochs indented under train"),
+        ("trian:\n  epochs: 3\n", "setting = trian: there is no such section; did you mean train?"),
+        ("train:\n  epoch: 3\n", "setting = train.epoch: there is no such setting; did you mean train.epochs?"),
+        ("run:\n  name: 3\n", "run.name = 3: it is a whole number; give a text, in quotes"),
+        ("train:\n  epochs: '3'\n", "it is a text; give a whole number"),
+        ("eval:\n  temperatures: 0.7\n", "eval.temperatures = 0.7: it is a number; give a list, such as [0.5]"),
+        ("eval:\n  temperatures: [true]\n", "eval.temperatures = [true]: it is true or false; give a number"),
+        ("run:\n  name: \xff\n", "give a YAML file in UTF-8"),
+    ],
+)
+def test_recipes_that_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    assert message in refusal(path)
+
+
+def test_recipes_are_found_by_path_or_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert loader.load("tiny").run.name == "tiny"
+    (tmp_path / "tiny").write_text("run: {name: local}")
+    assert loader.load("tiny").run.name == "local"
+    assert "recipe = big: there is no such file; give a YAML file, or a recipe that ships:" in refusal(Path("big"))
+    assert "overrides come after the recipe" in refusal(Path("run.name=a"))
+    (tmp_path / "run").mkdir()
+    assert "recipe = run: it is a folder; give a YAML file" in refusal(Path("run"))
+    (tmp_path / "run" / "config.yaml").touch()
+    assert "recipe = run: it is a folder; give run/config.yaml" in refusal(Path("run"))
+
+
+def test_what_is_saved_loads_again_as_the_same(recipe: Path, tmp_path: Path) -> None:
+    odd = ["run.name=007", "target.layers=1,2", "train.learning_rate=1e-7", "target.revision=null", "run.root=a b #c"]
+    settings = loader.load(recipe, [*odd, "prepare.prompts=données: ü.jsonl"])
+    loader.save(settings, tmp_path / "config.yaml")
+    assert loader.load(tmp_path / "config.yaml") == settings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "recipe.yaml"]
+    assert "  layers: [1, 2]\n" in (tmp_path / "config.yaml").read_text()
+
+
+def test_every_setting_is_explained() -> None:
+    described = [setting for section in loader.describe().values() for setting in section]
+    assert [setting.name for setting in described] == [
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Settings)
+        for key in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    ]
+    assert all(setting.text.endswith(".") for setting in described)
+    warmup = next(setting for setting in described if setting.name == "train.warmup")
+    assert warmup == ("train.warmup", "float", "0.03", warmup.text)
+    assert warmup.text.startswith("Share of the steps")
+
+
+def test_every_limit_and_choice_belongs_to_a_setting() -> None:
+    names = {setting.name for section in loader.describe().values() for setting in section}
+    assert limits.LIMITS.keys() | limits.CHOICES.keys() <= names
+    numbers = {
+        setting.name
+        for section in loader.describe().values()
+        for setting in section
+        if setting.type.startswith(("int", "float", "tuple"))
+    }
+    assert numbers == limits.LIMITS.keys()

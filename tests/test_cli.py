@@ -1,0 +1,242 @@
+"""The command line: what it says, with which exit code, and which stages it runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from eagle3 import cli
+from eagle3.configs.errors import Incomplete, Interrupted, UserError
+from eagle3.configs.loader import describe, load
+
+Outcome = Callable[[cli.Run], None]
+
+
+class Pipeline:
+    """Stages that only say that they ran."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.standing: set[str] = set()
+        self.outcome: dict[str, Outcome] = {}
+
+    def stage(self, name: str) -> cli.Stage:
+        def execute(run: cli.Run) -> None:
+            self.outcome.get(name, lambda run: None)(run)
+            self.ran.append(name)
+
+        return cli.STAGES[name]._replace(stands=lambda run: name in self.standing, execute=execute)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """Fake stages in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    fake = Pipeline()
+    monkeypatch.setattr(cli, "STAGES", {name: fake.stage(name) for name in cli.STAGES})
+    monkeypatch.setattr(
+        cli,
+        "report",
+        SimpleNamespace(
+            write_report=lambda folder: {"run": folder.name},
+            summary_table=lambda report: f"table of {report['run']}",
+            compare=lambda folders: f"comparison of {', '.join(folder.name for folder in folders)}",
+        ),
+    )
+    return fake
+
+
+def raising(error: BaseException) -> Outcome:
+    def outcome(run: cli.Run) -> None:
+        raise error
+
+    return outcome
+
+
+def test_run_goes_through_all_stages_and_ends_with_the_report(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "tiny", "run.name=demo", "train.epochs=9"]) == 0
+    assert pipeline.ran == ["prepare", "regenerate", "record", "train", "eval"]
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        *(f"{name:<12}done in 0:00" for name in pipeline.ran),
+        "",
+        "table of demo",
+        "",
+        "runs/demo/eval/report.html",
+    ]
+    assert said.err == ""
+    assert load(Path("runs/demo/config.yaml")) == load("tiny", ["run.name=demo", "train.epochs=9"])
+
+
+def test_stages_that_stand_are_skipped(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.standing = {"prepare", "record", "train"}
+    assert cli.main(["run", "tiny"]) == 0
+    # The trainer looks for itself whether what stands was made with these settings.
+    assert pipeline.ran == ["regenerate", "train", "eval"]
+    lines = capsys.readouterr().out.splitlines()[:5]
+    assert [line.partition(" ")[0] for line in lines if line.endswith("done before")] == ["prepare", "record", "train"]
+
+
+@pytest.mark.parametrize("name", ["prepare", "regenerate", "record", "train", "eval"])
+def test_a_stage_alone(pipeline: Pipeline, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert cli.main([name, "tiny"]) == 0
+    assert pipeline.ran == [name]
+    assert ("table of tiny" in capsys.readouterr().out) == (name == "eval")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("train.clip", 0, "too low", "raise it"), 2, "error: train.clip = 0: too low; raise it"),
+        (Incomplete("the loss is not finite"), 3, "error: the loss is not finite"),
+        (Interrupted("interrupted: 3 of 9; resume with: x"), 75, "interrupted: 3 of 9; resume with: x"),
+        (KeyboardInterrupt(), 75, "interrupted: what was finished is kept; resume with the same command"),
+    ],
+)
+def test_how_a_stage_ends_is_how_the_command_ends(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    pipeline.outcome["record"] = raising(error)
+    assert cli.main(["run", "tiny"]) == code
+    assert pipeline.ran == ["prepare", "regenerate"]
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_bug_keeps_its_traceback(pipeline: Pipeline) -> None:
+    pipeline.outcome["prepare"] = raising(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "tiny"])
+
+
+def test_sigterm_between_units_is_resumable(pipeline: Pipeline) -> None:
+    pipeline.outcome["prepare"] = lambda run: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5)
+    earlier = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["run", "tiny"]) == 75
+    assert signal.getsignal(signal.SIGTERM) == earlier
+
+
+def test_a_refused_recipe_does_not_replace_the_runs_own(pipeline: Pipeline) -> None:
+    assert cli.main(["run", "tiny", "train.epochs=3"]) == 0
+    recipe = Path("runs/tiny/config.yaml").read_text()
+    pipeline.outcome["train"] = raising(UserError("train.epochs", 4, "another", "set it back"))
+    assert cli.main(["train", "tiny", "train.epochs=4"]) == 2
+    assert Path("runs/tiny/config.yaml").read_text() == recipe
+    pipeline.outcome["train"] = raising(Interrupted("interrupted"))
+    assert cli.main(["train", "tiny", "train.epochs=4"]) == 75
+    assert load(Path("runs/tiny/config.yaml")).train.epochs == 4
+
+
+def test_the_target_is_loaded_once_and_only_when_needed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=loaded.append))
+    assert cli.main(["run", "tiny"]) == 0
+    assert loaded == []
+    pipeline.outcome = dict.fromkeys(("record", "eval"), lambda run: run.target)
+    assert cli.main(["run", "tiny"]) == 0
+    assert loaded == [load("tiny").target]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, report, or --help"),
+        (["trian", "tiny"], "command = trian: there is no such command; did you mean train?"),
+        (["xyz"], "command = xyz: there is no such command; choose one of run,"),
+        (["train"], "the following arguments are required: CONFIG"),
+        (["train", "nowhere.yaml"], "recipe = nowhere.yaml: there is no such file;"),
+        (["train", "tiny", "train.epochs"], "override = train.epochs: it has no value; write section.name=value"),
+        (["train", "tiny", "--train.epochs=3"], "argument = --train.epochs=3: there is no such option; write settings as section.name=value, after the recipe"),
+        (["train", "tiny", "train.epochs=no"], "train.epochs = no: it is"),
+        (["inspect", "nowhere"], "store = nowhere: it holds no manifest"),
+        (["report"], "the following arguments are required: RUN; see eagle3 report --help"),
+        (["--nothing"], "the following arguments are required: COMMAND; see eagle3 --help"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], line: str) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert line in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+    assert cli.main(["run", "tiny", "run.root=file"]) == 2
+    message = (
+        "error: run.root = file: file/tiny cannot be written (Not a directory); choose a folder that you may write to"
+    )
+    assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_several_runs_are_compared(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "runs/a", "runs/b"]) == 0
+    assert capsys.readouterr().out == "\ncomparison of a, b\n\nruns/a/eval/report.html\nruns/b/eval/report.html\n"
+
+
+@pytest.mark.parametrize("command", ["run", *cli.STAGES])
+def test_help_explains_every_setting_that_matters(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    sections = describe() if command == "run" else cli.STAGES[command].sections
+    for setting in (setting for section in sections for setting in describe()[section]):
+        assert f"{setting.name}={setting.default} {setting.text}" in words
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {command}" in said for command in ("run", *cli.STAGES, "inspect", "report"))
+
+
+def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("arguments", [("-m", "eagle3", "train", "--help"), ("-m", "eagle3.train", "tiny", "a.b=c")])
+def test_help_and_mistakes_do_not_wait_for_torch(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    ended = run(*arguments, cwd=tmp_path)
+    assert ended.returncode == (0 if "--help" in arguments else 2)
+    imported = {
+        line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "eagle3.configs.loader" in imported
+    assert not imported & {"torch", "transformers", "numpy"}
+
+
+def test_the_trainer_says_the_same_as_the_command(tmp_path: Path) -> None:
+    ended = run("-m", "eagle3.train", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "error: recipe = (none): there is no recipe; write CONFIG [section.name=value ...]" in ended.stderr
+
+
+def test_a_reader_that_goes_away_is_no_bug(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from eagle3.configs.entry import finish; sys.exit(finish(lambda: print(1)))",
+        ],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writing)
+    assert ended.returncode == 75
+    assert ended.stderr == b""
