@@ -6,11 +6,11 @@ that it said. So nothing is rendered twice, and the loss mask needs no marks in 
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configs.errors import UserError
@@ -69,8 +69,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> TokenizerHash:
         raise UserError("target.path", name, "its tokenizer is not a fast one", "convert it to a tokenizer.json")
     if not tokenizer.chat_template:
         raise UserError("target.path", name, "its tokenizer has no chat template", "take a target that follows a chat")
-    definition = json.loads(tokenizer.backend_tokenizer.to_str())
-    del definition["padding"], definition["truncation"]  # how it was called last, not what it is
-    return TokenizerHash(
-        sha256(json.dumps(definition, sort_keys=True).encode()), sha256(tokenizer.get_chat_template().encode())
-    )
+    backend = tokenizer.backend_tokenizer
+    if backend.padding is not None or backend.truncation is not None:  # how it was called last, not what it is
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+    return TokenizerHash(sha256(backend.to_str().encode()), sha256(tokenizer.get_chat_template().encode()))

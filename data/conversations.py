@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..configs.errors import UserError
-from .corpus import Function, Novelty, digest, examples, functions, split_of, standard_library
+from .corpus import Screen, digest, examples, functions, split_of, standard_library
 from .files import read_lines
 
 SPLITS = ("train", "validation", "test")
 ROLES = ("system", "user", "assistant")
 
-HELD_OUT_OVERLAP = 0.2  # share of its 8-word runs that a training function may share with held-out functions
-TRAINING_OVERLAP = 0.5  # and with training functions before it
-
-RESEMBLES_HELD_OUT = "functions: resembles a held-out function"
-RESEMBLES_TRAINING = "functions: resembles a training function"
 REPEATED = "conversations: same messages as another"
 FIRST_TURN = "conversations: only the first of several turns is asked"
 REFERENCE = "conversations: their last, given answer is not used"
@@ -65,21 +60,14 @@ def library_prompts() -> Prompts:
     A function belongs to the split of its top-level module. Training functions that resemble held-out ones are dropped,
     so that no function of the test is learnt by heart from a copy of it.
     """
-    everything = list(functions(standard_library()))
-    held_out, seen = Novelty(HELD_OUT_OVERLAP), Novelty(TRAINING_OVERLAP)
-    for function in everything:
-        if split_of(function.module) != "train":
-            held_out.add(_text(function))
+    library = list(functions(standard_library()))
+    screen = Screen(library)
     notes: Counter[str] = Counter()
     found: list[Conversation] = []
-    for function in everything:
-        if split_of(function.module) == "train":
-            if held_out.resembles(_text(function)):
-                notes[RESEMBLES_HELD_OUT] += 1
-                continue
-            if not seen.accept(_text(function)):
-                notes[RESEMBLES_TRAINING] += 1
-                continue
+    for function in library:
+        if split_of(function.module) == "train" and (refusal := screen.refusal(function)):
+            notes[refusal] += 1
+            continue
         for example in examples(function):
             messages = [{"role": "user", "content": example.question}]
             found.append(Conversation(example.id, example.kind, example.split, messages))
@@ -124,6 +112,28 @@ def read_answers(path: Path) -> list[Answer]:
     return [Answer(**row) for _, row in _written(path, Answer._fields)]
 
 
+def read_finished(folder: Path, vocab_size: int) -> list[Answer]:
+    """The answers in the order of the prompts.
+
+    Raises:
+        UserError: some are missing, or hold tokens that the target does not have.
+    """
+    if not (folder / "answers.jsonl").exists():
+        raise UserError("conversations", folder, "it holds no answers", "run eagle3 regenerate first")
+    answers = {answer.id: answer for answer in read_answers(folder / "answers.jsonl")}
+    prompts = read_conversations(folder / "prompts.jsonl")
+    missing = sum(prompt.id not in answers for prompt in prompts)
+    if missing:
+        problem = f"{missing} of {len(prompts)} answers are missing"
+        raise UserError("conversations", folder, problem, "run eagle3 regenerate")
+    for answer in answers.values():
+        largest = max(*answer.prompt_ids, *answer.answer_ids)
+        if largest >= vocab_size:
+            problem = f"its token {largest} is beyond the target's vocabulary of {vocab_size}"
+            raise UserError("conversations", answer.id, problem, f"delete {folder / 'answers.jsonl'} and answer again")
+    return [answers[prompt.id] for prompt in prompts]
+
+
 def _written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterable[tuple[int, dict[str, Any]]]:
     """The lines of a file of this project, which must hold exactly ``fields``."""
     expected = set(fields)
@@ -136,6 +146,10 @@ def _written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterab
 
 def _conversation(row: dict[str, Any], stem: str, notes: Counter[str]) -> Conversation:
     """One line of a user's file; ValueError("<problem>; <remedy>") where it is malformed."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is no text; repair what wrote the file") from None
     forms = [form for form in ("messages", "prompt", "turns") if row.get(form) is not None]
     if len(forms) != 1:
         raise ValueError(f'it holds {forms or "none"} of "messages", "prompt", "turns"; give exactly one of them')
@@ -207,7 +221,3 @@ def _without_repeats(found: list[Conversation], notes: Counter[str]) -> Prompts:
         kept.setdefault(json.dumps(conversation.messages), conversation)
     notes[REPEATED] += len(found) - len(kept)
     return Prompts(list(kept.values()), +notes)
-
-
-def _text(function: Function) -> str:
-    return f"{function.body}\n{function.docstring}"

@@ -43,6 +43,10 @@ SKIPPED_FOLDERS = {
 MIN_DOCSTRING, MAX_DOCSTRING = 24, 900  # characters of an answer that is prose
 MIN_SOURCE, MAX_SOURCE = 80, 1500  # characters of one function's source
 SHINGLE = 8  # words; near-duplicates are counted in these
+HELD_OUT_OVERLAP = 0.2  # share of its shingles that a training function may share with held-out functions
+TRAINING_OVERLAP = 0.5  # and with training functions before it
+RESEMBLES_HELD_OUT = "functions: resembles a held-out function"
+RESEMBLES_TRAINING = "functions: resembles a training function"
 
 _QUESTIONS = {
     "explain": ("What does `{name}` do?", "Explain `{name}`.", "What is `{name}` for?"),
@@ -178,7 +182,7 @@ def _exchange(function: Function, kind: str) -> tuple[str, str] | None:
         return None
     if kind == "document":
         return function.body, prose
-    documented = f'{function.signature}\n{textwrap.indent(chr(34) * 3 + prose + chr(34) * 3, "    ")}'
+    documented = f"{function.signature}\n{textwrap.indent(chr(34) * 3 + prose + chr(34) * 3, '    ')}"
     return documented, _fence(function.body)
 
 
@@ -225,6 +229,30 @@ class Novelty:
             return False
         self.add(text)
         return True
+
+
+class Screen:
+    """Keeps copies out of training: of held-out functions, and of training functions that were kept before.
+
+    Args:
+        library: all functions of the standard library, whose modules decide what is held out.
+    """
+
+    def __init__(self, library: Iterable[Function]) -> None:
+        self._held_out, self._seen = Novelty(HELD_OUT_OVERLAP), Novelty(TRAINING_OVERLAP)
+        for function in library:
+            if split_of(function.module) != "train":
+                self._held_out.add(_text(function))
+
+    def refusal(self, function: Function) -> str | None:
+        """Why a training function is left out; None where it is kept, and remembered."""
+        if self._held_out.resembles(_text(function)):
+            return RESEMBLES_HELD_OUT
+        return None if self._seen.accept(_text(function)) else RESEMBLES_TRAINING
+
+
+def _text(function: Function) -> str:
+    return f"{function.body}\n{function.docstring}"
 
 
 def main() -> None:

@@ -1,28 +1,116 @@
-"""Files that are either there or not: atomic writes, checksums, JSON lines."""
+"""Files that are either there or not: atomic writes, checksums, JSON lines, mapped tensors."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..configs.errors import UserError
 
 TEMPORARY = ".{name}.{process}.tmp"
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file as it was when it was written."""
+
+    sha256: str
+    bytes: int
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` so that a crash leaves either the whole file under ``path`` or what was there before."""
+    """Write ``content`` so that a crash leaves either the whole file under ``path`` or what was there before.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     temporary = path.with_name(TEMPORARY.format(name=path.name, process=os.getpid()))
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def write_listed(path: Path, content: bytes) -> FileEntry:
+    """Write ``content`` as :func:`write_atomic` does; its checksum is that of the bytes in memory."""
+    write_atomic(path, content)
+    return FileEntry(sha256(content), len(content))
+
+
+def check_size(path: Path, entry: FileEntry) -> None:
+    """Refuse a file that is missing or has not the size it was written with."""
+    if not path.is_file():
+        raise UserError("store", path, "it is missing", "run eagle3 record again")
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise damaged(path, f"it has {size:,} bytes and not {entry.bytes:,}")
+
+
+def damaged(path: Path, problem: str) -> UserError:
+    """What the user is told of a file that is not what was written."""
+    return UserError("store", path, problem, "delete it and run eagle3 record again")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file into memory: its tensors, which copy nothing, and its metadata.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise damaged(path, f"it is damaged ({error})") from None
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """What the user is told when ``path`` cannot be written."""
+    problem = f"it cannot be written ({error.strerror})"
+    return UserError("run.root", path, problem, "choose a folder with free space that you may write to")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``, so that two processes never write the same outputs.
+
+    The system lets go of it when the process ends, however it ends. File systems without locks are taken at their word.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            os.close(handle)
+            problem = "another process is writing there"
+            raise UserError("run.name", path.parent, problem, "wait until it ends, or stop it") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def sync_folder(folder: Path) -> None:
@@ -34,10 +122,26 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what writers that were killed left behind in ``folder``."""
-    for path in folder.glob(TEMPORARY.format(name="*", process="*")):
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Delete what writers of ``name`` that were killed left behind in ``folder``."""
+    for path in folder.glob(TEMPORARY.format(name=name, process="*")):
         path.unlink()
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut off the last line of ``path`` if a killed writer did not finish it; reads no more than that line."""
+    with path.open("r+b") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
 
 
 def sha256(content: bytes) -> str:
@@ -69,22 +173,22 @@ def read_lines(path: Path, setting: str) -> Iterator[tuple[int, dict[str, Any]]]
         setting: what the user calls it, for the error message.
 
     Raises:
-        UserError: the file is missing, or a line is not a JSON object in UTF-8.
+        UserError: the file cannot be read, or a line is not a JSON object in UTF-8.
     """
-    if not path.is_file():
-        raise UserError(setting, path, "there is no such file", "check the path")
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(setting, path, f"it cannot be read ({error.strerror})", "check the path") from None
+    with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 value = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError and JSONDecodeError both
-                raise UserError(
-                    setting, f"{path}, line {number}", f"not JSON ({error})", "write one JSON object per line, in UTF-8"
-                ) from None
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
+                remedy = "write one JSON object per line, in UTF-8"
+                raise UserError(setting, where, f"not JSON ({error})", remedy) from None
             if not isinstance(value, dict):
-                raise UserError(
-                    setting, f"{path}, line {number}", "not a JSON object", 'write {"prompt": ...} or the like per line'
-                )
+                raise UserError(setting, where, "not a JSON object", 'write {"prompt": ...} or the like per line')
             yield number, value

@@ -1,4 +1,4 @@
-"""What ``eagle3 inspect STORE`` prints: what the store was made from, what it holds, and with --verify whether it is whole."""
+"""What ``eagle3 inspect STORE`` prints: what it was made from, what it holds, and with --verify whether it is whole."""
 
 from __future__ import annotations
 
@@ -6,41 +6,70 @@ from collections import Counter
 from pathlib import Path
 
 from ..configs.errors import Incomplete
-from .store import Store
+from .store import Manifest, Store
+
+VOCABULARY_SHARES = (16, 8, 4, 2)  # draft vocabularies that are shown, as parts of the target's
 
 
 def inspect(path: Path, verify: bool) -> str:
     """Describe the store at ``path`` (or in the run at ``path``).
 
     Raises:
-        UserError: there is no finished store.
+        UserError: there is no finished store, or a look at it already shows damage.
         Incomplete: ``verify`` was asked for and a file is missing, foreign or not what was recorded.
     """
     store = Store(path / "store" if (path / "store").is_dir() else path)
-    manifest, target = store.manifest, store.manifest.target
-    size = sum(entry.bytes for entry in manifest.shards)
-    lines = [
-        f"store        {store.path}",
-        f"target       {target['name']} {target['revision'] or ''}".rstrip(),
-        f"weights      sha256 {target['weights_sha256']}",
-        f"ran in       {target['dtype']}; stored as {manifest.dtypes['features']}; last hidden state {manifest.last_hidden}",
-        f"layers       {target['layers']} of {target['num_layers']}, width {target['hidden_size']}",
-        f"holds        {manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.supervised_tokens:,} of them answers",
-        f"size         {size:,} bytes in {len(manifest.shards)} shards, {size / manifest.tokens:,.0f} a token",
-    ]
-    samples: Counter[tuple[str, str]] = Counter()
-    tokens: Counter[tuple[str, str]] = Counter()
-    for index in range(len(store)):
-        sample = store[index]
-        samples[sample.split, sample.source] += 1
-        tokens[sample.split, sample.source] += int(sample.loss_mask.sum())
-    width = max(len(source) for _, source in samples)
-    lines += ["", f"{'split':<12}{'source':<{width + 2}}{'samples':>10}{'answer tokens':>16}"]
-    for (split, source), count in sorted(samples.items()):
-        lines.append(f"{split:<12}{source:<{width + 2}}{count:>10,}{tokens[split, source]:>16,}")
+    lines = [f"store        {store.path}", *_facts(store.manifest), "", *_samples(store), "", *_coverage(store)]
     if verify:
         problems = store.verify()
         if problems:
             raise Incomplete(f"{store.path}: {'; '.join(problems)}")
         lines += ["", "every checksum holds"]
     return "\n".join(lines)
+
+
+def _facts(manifest: Manifest) -> list[str]:
+    target, shards = manifest.target, manifest.shards
+    size = sum(entry.bytes for entry in shards)
+    held = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {manifest.supervised_tokens:,} of them answers"
+    agreeing = 1 - manifest.disagreeing / max(1, manifest.greedy_tokens)
+    return [
+        f"target       {target['name']} {target['revision'] or ''}".rstrip(),
+        f"weights      sha256 {target['weights_sha256']}",
+        f"tokenizer    sha256 {manifest.tokenizer_sha256}, chat template {manifest.chat_template_sha256}",
+        f"ran in       {target['dtype']}, stored as {manifest.dtypes['features']}",
+        f"layers       {target['layers']} of {target['num_layers']}, width {target['hidden_size']}",
+        f"last hidden  {manifest.last_hidden}",
+        f"holds        {held}",
+        f"size         {size:,} bytes in {len(shards)} shards, {size / max(1, manifest.tokens):,.0f} a token",
+        f"agreement    {agreeing:.3%} of {manifest.greedy_tokens:,} greedy tokens are what the states predict",
+    ]
+
+
+def _samples(store: Store) -> list[str]:
+    """Samples and answer tokens by split and source."""
+    samples: Counter[tuple[str, str]] = Counter()
+    tokens: Counter[tuple[str, str]] = Counter()
+    for index in range(len(store)):
+        sample = store[index]
+        samples[sample.split, sample.source] += 1
+        tokens[sample.split, sample.source] += int(sample.loss_mask.sum())
+    width = max((len(source) for _, source in samples), default=0) + 2
+    head = f"{'split':<12}{'source':<{width}}{'samples':>10}{'answer tokens':>16}"
+    rows = [
+        f"{split:<12}{source:<{width}}{n:>10,}{tokens[split, source]:>16,}" for (split, source), n in samples.items()
+    ]
+    return [head, *sorted(rows)]
+
+
+def _coverage(store: Store) -> list[str]:
+    """What share of each source's training answers draft vocabularies of several sizes can say."""
+    sizes = [store.manifest.target["vocab_size"] // part for part in VOCABULARY_SHARES]
+    coverage = {size: store.draft_vocabulary(size).coverage for size in sizes if size}
+    sources = sorted({source for shares in coverage.values() for source in shares})
+    width = max((len(source) for source in sources), default=0) + 2
+    title = "draft vocabulary covers"
+    lines = [f"{title:<{width + 12}}" + "".join(f"{f'D={size:,}':>12}" for size in coverage)]
+    for source in sources:
+        lines.append(f"{'':<12}{source:<{width}}" + "".join(f"{shares[source]:>12.1%}" for shares in coverage.values()))
+    return lines

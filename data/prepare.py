@@ -1,6 +1,6 @@
 """Stage 1: choose the prompts, deal them evenly over their sources, and say what was left out.
 
-    eagle3 prepare configs/demo.yaml
+eagle3 prepare configs/demo.yaml
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,11 +21,21 @@ from .conversations import SPLITS, Conversation, Prompts, library_prompts, load_
 from .corpus import digest
 from .files import encode_json, encode_line, file_sha256, remove_temporaries, write_atomic
 from .progress import Progress
-from .stage import Json, Stage
+from .stage import Json, Stage, at_least
 
 LIBRARY = "stdlib"
+PROMPTS, SUMMARY = "prompts.jsonl", "summary.json"
 TOO_LONG = "conversations: prompt longer than prepare.max_prompt_tokens"
 NOT_NEEDED = "conversations: more than were asked for"
+
+
+class Summary(TypedDict):
+    """``conversations/summary.json``: prompts asked for, prompts kept by split and source, and what was left out."""
+
+    prompts: str
+    asked: dict[str, int]
+    kept: dict[str, dict[str, int]]
+    notes: dict[str, int]
 
 
 def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,33 +47,34 @@ def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBas
         tokenizer: the target's, which measures the prompts.
 
     Raises:
-        UserError: malformed prompts, a split without any, or a run begun with other settings.
+        UserError: malformed prompts, a split without any, a folder that cannot be written, or a run begun with other
+            settings.
         Interrupted: a signal came; nothing is lost, since the stage takes seconds.
     """
+    chosen = settings.prepare
+    for split, least in (("train", 1), ("validation", 1), ("test", 0)):
+        at_least(f"prepare.{split}", _asked(chosen)[split], least)
     folder = run_dir / "conversations"
-    stage = Stage("prepare", run_dir, folder, _inputs(settings.prepare, tokenizer))
-    summary = folder / "summary.json"
-    if not (stage.begun() and (folder / "prompts.jsonl").exists() and summary.exists()):
-        with StopRequest(stage.resume) as stop:
-            prompts = library_prompts() if settings.prepare.prompts == LIBRARY else load_prompts(_path(settings.prepare))
+    stage = Stage("prepare", run_dir, folder, _inputs(chosen, tokenizer))
+    with StopRequest(stage.resume) as stop:
+        if not _whole(stage):
+            prompts = library_prompts() if chosen.prompts == LIBRARY else load_prompts(Path(chosen.prompts))
             stop.check("the prompts are read")
-            kept = _choose(prompts, settings.prepare, lambda c: len(prompt_ids(tokenizer, c)))
+            kept = _choose(prompts, chosen, lambda c: len(prompt_ids(tokenizer, c)))
             stop.check("the prompts are chosen")
-            stage.begin()
+            stage.begin()  # only now: prompts that were refused shall not tie the run to them
             remove_temporaries(folder)
-            write_atomic(folder / "prompts.jsonl", b"".join(encode_line(c._asdict()) for c in kept))
-            write_atomic(summary, encode_json(_summary(settings.prepare, kept, prompts.notes)))
-    print(render(json.loads(summary.read_bytes())))
+            write_atomic(folder / PROMPTS, b"".join(encode_line(c._asdict()) for c in kept))
+            write_atomic(folder / SUMMARY, encode_json(_summary(chosen, kept, prompts.notes)))
+    print(render(json.loads((folder / SUMMARY).read_bytes())), flush=True)
 
 
 def prepared(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
-    folder = run_dir / "conversations"
-    stage = Stage("prepare", run_dir, folder, _settings_inputs(settings.prepare))
-    return stage.begun() and (folder / "prompts.jsonl").exists() and (folder / "summary.json").exists()
+    return _whole(Stage("prepare", run_dir, run_dir / "conversations", _settings_inputs(settings.prepare)))
 
 
-def render(summary: dict[str, Json]) -> str:
+def render(summary: Summary) -> str:
     """The summary as the lines that a person reads."""
     lines = [f"prompts from {summary['prompts']}"]
     for split in SPLITS:
@@ -74,17 +86,16 @@ def render(summary: dict[str, Json]) -> str:
 
 
 def deal(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-    """Yield conversations of each source in turn, each source in the order of a hash of its ids, until all are dealt."""
+    """Yield conversations of each source in turn, those of a source in the order of a hash of their ids."""
     by_source: dict[str, list[Conversation]] = {}
     for conversation in conversations:
         by_source.setdefault(conversation.source, []).append(conversation)
     hands = deque(iter(sorted(by_source[source], key=_order)) for source in sorted(by_source))
     while hands:
         hand = hands.popleft()
-        conversation = next(hand, None)
-        if conversation is not None:
+        if (dealt := next(hand, None)) is not None:
             hands.append(hand)
-            yield conversation
+            yield dealt
 
 
 def _choose(prompts: Prompts, settings: PrepareSettings, length: Callable[[Conversation], int]) -> list[Conversation]:
@@ -114,7 +125,7 @@ def _choose(prompts: Prompts, settings: PrepareSettings, length: Callable[[Conve
     return chosen
 
 
-def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter[str]) -> dict[str, Json]:
+def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter[str]) -> Summary:
     by_split = {split: Counter(c.source for c in kept if c.split == split) for split in SPLITS}
     return {
         "prompts": settings.prompts,
@@ -139,17 +150,22 @@ def _inputs(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> di
 
 def _settings_inputs(settings: PrepareSettings) -> dict[str, Json]:
     return {
-        "prepare.prompts": settings.prompts if settings.prompts == LIBRARY else file_sha256(_path(settings)),
+        "prepare.prompts": LIBRARY if settings.prompts == LIBRARY else _file_hash(Path(settings.prompts)),
         **{f"prepare.{split}": count for split, count in _asked(settings).items()},
         "prepare.max_prompt_tokens": settings.max_prompt_tokens,
     }
 
 
-def _path(settings: PrepareSettings) -> Path:
-    path = Path(settings.prompts)
-    if not path.is_file():
-        raise UserError("prepare.prompts", settings.prompts, "there is no such file", f'give a JSONL file or "{LIBRARY}"')
-    return path
+def _file_hash(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        problem = f"it cannot be read ({error.strerror})"
+        raise UserError("prepare.prompts", path, problem, f'give a JSONL file or "{LIBRARY}"') from None
+
+
+def _whole(stage: Stage) -> bool:
+    return stage.begun() and (stage.folder / PROMPTS).exists() and (stage.folder / SUMMARY).exists()
 
 
 def _order(conversation: Conversation) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..configs.errors import UserError
-from .files import encode_json, write_atomic
+from .files import encode_json, unwritable, write_atomic
 
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 
@@ -21,7 +21,7 @@ class Stage:
     """One stage of a run.
 
     Args:
-        name: ``prepare``, ``regenerate`` or ``record``.
+        name: ``prepare``, ``regenerate``, ``record``, ``train`` or ``eval``.
         run_dir: the run's folder.
         folder: where the stage writes.
         inputs: everything that determines its outputs, under the name by which a user knows it.
@@ -40,7 +40,7 @@ class Stage:
         """
         if not self.path.exists():
             return False
-        earlier = json.loads(self.path.read_bytes())
+        earlier = self._earlier()
         for key, value in self.inputs.items():
             if key not in earlier or earlier[key] != value:
                 raise UserError(
@@ -52,7 +52,25 @@ class Stage:
         return True
 
     def begin(self) -> None:
-        """Claim the folder for these inputs; raises as :meth:`begun` does."""
+        """Claim the folder for these inputs; raises as :meth:`begun` does, and where the folder cannot be written."""
         if not self.begun():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(self.folder, error) from error
             write_atomic(self.path, encode_json(self.inputs))
+
+    def _earlier(self) -> dict[str, Json]:
+        try:
+            earlier = json.loads(self.path.read_bytes())
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError("run.name", self.path, "it is damaged", f"delete {self.folder}")
+        return earlier
+
+
+def at_least(setting: str, value: int, least: int) -> None:
+    """Refuse a number of things that makes no sense."""
+    if value < least:
+        raise UserError(setting, value, "it is too small", f"give at least {least}")

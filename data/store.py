@@ -12,36 +12,40 @@ shard-NNNNN.safetensors    samples packed back to back: ``input_ids`` int32 [N],
                            [S + 1]; its metadata names every sample's id, source, split and temperature
 shard-NNNNN.json           the shard's checksum, bytes and counts, published just before the shard itself
 head.safetensors           the target's embedding, final norm and LM head
-vocabulary.safetensors     how often the target said each token in training answers, int64 [V]
+vocabulary.safetensors     how often the target said each token in training answers, int64 [sources, V]
 tokenizer/                 the target's tokenizer
 manifest.json              derived from all of these once every shard is there
 =========================  ===================================================================================
 
 A shard's existence means that it is done. Files are written under another name, synced and renamed, so that a writer
 killed at any moment loses only what it was writing.
+
+Shapes: N tokens of a shard, S samples of a shard, T tokens of a sample, F captured layers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.settings import Settings
-from ..models.target import TargetHead
-from .files import encode_json, file_sha256, sha256, write_atomic
+from ..models.target_info import TargetHead
+from .files import FileEntry, check_size, damaged, encode_json, file_sha256, read_tensors, sha256, write_atomic
+from .vocabulary import DraftVocabulary, TokenCounts, choose_vocabulary
 
 SCHEMA = 1
 MANIFEST, HEAD, VOCABULARY, TOKENIZER = "manifest.json", "head.safetensors", "vocabulary.safetensors", "tokenizer"
-TENSORS = ("features", "input_ids", "last_hidden", "loss_mask", "offsets")
 
 
 class StoreSample(NamedTuple):
@@ -58,22 +62,28 @@ class StoreSample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """A shard as the manifest lists it."""
+class ShardEntry(FileEntry):
+    """A shard as it was when it was written; its states do not predict ``disagreeing`` of its ``greedy_tokens``."""
 
+    header_sha256: str
     name: str
-    sha256: str
-    bytes: int
     samples: int
     tokens: int
     supervised_tokens: int
+    greedy_tokens: int
+    disagreeing: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store was made from and what it holds; ``target`` is the target's info, ``files`` the other checksums."""
+    """What a store was made from and what it holds.
+
+    ``recipe``: the settings it was made with. ``target``: the target's :class:`TargetInfo`, with its weights' hash,
+    captured layers and the numerics it ran in. ``files``: what stands beside the shards.
+    """
 
     schema: int
+    recipe: dict[str, Any]
     target: dict[str, Any]
     tokenizer_sha256: str
     chat_template_sha256: str
@@ -82,164 +92,170 @@ class Manifest:
     samples: int
     tokens: int
     supervised_tokens: int
-    files: dict[str, str]
+    greedy_tokens: int
+    disagreeing: int
+    files: dict[str, FileEntry]
     shards: tuple[ShardEntry, ...]
 
 
-def shard_name(index: int) -> str:
-    """``shard-00007``."""
-    return f"shard-{index:05d}"
+def shard_path(folder: Path, index: int) -> Path:
+    """``<folder>/shard-00007.safetensors``."""
+    return folder / f"shard-{index:05d}.safetensors"
 
 
-def write_shard(folder: Path, index: int, samples: list[StoreSample]) -> ShardEntry:
+def write_shard(folder: Path, index: int, samples: Sequence[StoreSample], disagreeing: int) -> ShardEntry:
     """Publish one shard; nothing of it is visible before all of it is durable."""
+    path = shard_path(folder, index)
     offsets = torch.tensor([0] + [len(sample.input_ids) for sample in samples]).cumsum(0)
-    tensors = {
-        "input_ids": torch.cat([sample.input_ids for sample in samples]),
-        "loss_mask": torch.cat([sample.loss_mask for sample in samples]),
-        "features": torch.cat([sample.features for sample in samples]),
-        "last_hidden": torch.cat([sample.last_hidden for sample in samples]),
-        "offsets": offsets,
-    }
+    packed = (torch.cat(parts) for parts in zip(*(sample[4:] for sample in samples), strict=True))
+    tensors = {**dict(zip(StoreSample._fields[4:], packed, strict=True)), "offsets": offsets}
     described = [[sample.id, sample.source, sample.split, sample.temperature] for sample in samples]
     content = save(tensors, metadata={"samples": json.dumps(described, ensure_ascii=False)})
     entry = ShardEntry(
-        name=shard_name(index),
         sha256=sha256(content),
         bytes=len(content),
+        header_sha256=sha256(_header(BytesIO(content), len(content))),
+        name=path.name,
         samples=len(samples),
         tokens=int(offsets[-1]),
         supervised_tokens=int(tensors["loss_mask"].sum()),
+        greedy_tokens=sum(int(sample.loss_mask.sum()) for sample in samples if sample.temperature == 0.0),
+        disagreeing=disagreeing,
     )
-    write_atomic(folder / f"{entry.name}.json", encode_json(asdict(entry)))
-    write_atomic(folder / f"{entry.name}.safetensors", content)
+    write_atomic(path.with_suffix(".json"), encode_json(asdict(entry)))
+    write_atomic(path, content)
     return entry
 
 
-def recorded_shards(folder: Path, count: int) -> set[int]:
-    """Which of the ``count`` planned shards are done."""
-    return {index for index in range(count) if (folder / f"{shard_name(index)}.safetensors").exists()}
-
-
 def read_entry(folder: Path, index: int) -> ShardEntry:
-    """The published facts of a shard that is done."""
-    return ShardEntry(**json.loads((folder / f"{shard_name(index)}.json").read_bytes()))
+    """The published facts of a shard that is done.
 
-
-def write_head(folder: Path, head: TargetHead) -> None:
-    """Write the target's head; a tied LM head is written once."""
-    tensors = {"embedding": head.embedding.detach(), "norm.weight": head.norm_weight.detach()}
-    if head.lm_head.data_ptr() != head.embedding.data_ptr():
-        tensors["lm_head"] = head.lm_head.detach()
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(folder / HEAD, save(tensors, metadata={"norm_eps": repr(head.norm_eps)}))
+    Raises:
+        UserError: the shard is not the file that was written, or its facts are lost.
+    """
+    path = shard_path(folder, index)
+    try:
+        entry = ShardEntry(**json.loads(path.with_suffix(".json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(path, f"its {path.with_suffix('.json').name} is missing or damaged ({error})") from None
+    check_size(path, entry)
+    return entry
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """The store's last file: a store without it is not finished."""
-    write_atomic(folder / MANIFEST, encode_json(asdict(manifest)))
+    fields = asdict(manifest)
+    write_atomic(folder / MANIFEST, encode_json({"sha256": sha256(encode_json(fields)), **fields}))
 
 
 class Store:
-    """A finished store, read by random access.
+    """A finished store, read by random access; samples are views of the mapped files, nothing is copied.
 
     Args:
         path: its folder.
 
     Raises:
-        UserError: it is not finished, or a file is missing or not the one the manifest lists (sizes and counts are
-            checked here, every byte by :meth:`verify`).
+        UserError: it is not finished, a file is missing, foreign, or not the one the manifest lists (names, sizes,
+            headers and counts are checked here, every byte by :meth:`verify`).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
-        self._shards = [_open(path, entry) for entry in self.manifest.shards]
-        self._first = [0]
-        for shard in self._shards:
-            self._first.append(self._first[-1] + len(shard.samples))
+        self.manifest = read_manifest(path)
+        for name, entry in self.manifest.files.items():
+            check_size(path / name, entry)
+        if foreign := self._foreign():
+            raise UserError("store", path / foreign[0], "it does not belong to this store", "delete it")
+        self._shards = [_open(path, entry, self.manifest) for entry in self.manifest.shards]
+        self._first = list(accumulate((len(shard.samples) for shard in self._shards), initial=0))
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> StoreSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
         shard_index = bisect_right(self._first, index) - 1
         shard, number = self._shards[shard_index], index - self._first[shard_index]
-        start, end = shard.offsets[number], shard.offsets[number + 1]
-        tensors = shard.tensors
+        rows = slice(shard.offsets[number], shard.offsets[number + 1])
         identity, source, split, temperature = shard.samples[number]
-        return StoreSample(
-            identity,
-            source,
-            split,
-            temperature,
-            tensors["input_ids"][start:end],
-            tensors["loss_mask"][start:end],
-            tensors["features"][start:end],
-            tensors["last_hidden"][start:end],
-        )
+        views = (shard.tensors[name][rows] for name in StoreSample._fields[4:])
+        return StoreSample(identity, source, split, temperature, *views)
 
     def lengths(self) -> list[int]:
         """Tokens of every sample."""
-        return [b - a for shard in self._shards for a, b in zip(shard.offsets, shard.offsets[1:], strict=False)]
+        return [b - a for shard in self._shards for a, b in pairwise(shard.offsets)]
 
     def indices(self, split: str) -> list[int]:
         """The samples of a split."""
-        splits = [sample[2] for shard in self._shards for sample in shard.samples]
-        return [index for index, found in enumerate(splits) if found == split]
+        samples = (sample for shard in self._shards for sample in shard.samples)
+        return [index for index, (_, _, found, _) in enumerate(samples) if found == split]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The target's tokenizer, as transformers saves it."""
+        return self.path / TOKENIZER
 
     def head(self) -> TargetHead:
         """The target's embedding, final norm and LM head."""
-        with safe_open(self.path / HEAD, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            eps = float(file.metadata()["norm_eps"])
-        embedding = tensors["embedding"]
-        return TargetHead(embedding, tensors["norm.weight"], eps, tensors.get("lm_head", embedding))
+        tensors, metadata = read_tensors(self.path / HEAD)
+        embedding, epsilon = tensors["embedding"], float(metadata["norm_eps"])
+        return TargetHead(embedding, tensors["norm.weight"], epsilon, tensors.get("lm_head", embedding))
 
     def token_counts(self) -> Tensor:
         """How often the target said each token in training answers, int64 ``[V]``."""
-        return load_file(self.path / VOCABULARY)["counts"]
+        return TokenCounts.read(self.path / VOCABULARY).total
+
+    def draft_vocabulary(self, size: int) -> DraftVocabulary:
+        """The draft vocabulary of ``size`` tokens; UserError where the target has fewer."""
+        return choose_vocabulary(TokenCounts.read(self.path / VOCABULARY), size)
 
     def check(self, settings: Settings) -> None:
-        """Refuse a store that was not recorded as the recipe says.
+        """Refuse a store that was not recorded as the recipe says, or whose target is too small for it.
 
         Raises:
             UserError: naming the recipe's value and the store's.
         """
-        target, recipe = self.manifest.target, settings.target
+        made, target = self.manifest.recipe, settings.target
+        layers, captured = None if target.layers is None else list(target.layers), self.manifest.target["layers"]
         for setting, wanted, found in (
-            ("target.path", recipe.path, target["name"]),
-            ("target.revision", recipe.revision, target["revision"]),
-            ("target.dtype", recipe.dtype, target["dtype"]),
-            ("target.layers", recipe.layers and list(recipe.layers), target["layers"]),
-            ("record.dtype", settings.record.dtype, self.manifest.dtypes["features"]),
+            ("target.path", target.path, made["target.path"]),
+            ("target.revision", target.revision, made["target.revision"]),
+            ("target.dtype", target.dtype, made["target.dtype"]),
+            ("target.layers", layers, made["target.layers"] if layers is None else captured),
+            ("record.dtype", settings.record.dtype, made["record.dtype"]),
         ):
-            if wanted is not None and wanted != found:
+            if wanted != found:
                 problem = f"{self.path} was recorded with {found}"
                 raise UserError(setting, wanted, problem, "set it back, or record under another run.name")
+        self.draft_vocabulary(settings.draft.vocab_size)
 
     def verify(self) -> list[str]:
         """Read every byte; returns what is wrong, one line a file."""
-        expected = {f"{entry.name}.safetensors": entry.sha256 for entry in self.manifest.shards} | self.manifest.files
-        problems = []
-        for name, checksum in expected.items():
+        shards = {entry.name: entry for entry in self.manifest.shards}
+        expected: dict[str, FileEntry] = {**shards, **self.manifest.files}
+        problems = [f"{name} does not belong to this store" for name in self._foreign()]
+        for name, entry in expected.items():
             path = self.path / name
             if not path.is_file():
                 problems.append(f"{name} is missing")
-            elif file_sha256(path) != checksum:
+            elif file_sha256(path) != entry.sha256:
                 problems.append(f"{name} is not what was recorded: its checksum differs")
-        known = expected.keys() | {f"{entry.name}.json" for entry in self.manifest.shards}
-        foreign = {path.name for path in self.path.glob("shard-*")} - known
-        return problems + [f"{name} does not belong to this store" for name in sorted(foreign)]
+        return problems
+
+    def _foreign(self) -> list[str]:
+        """Shards that the manifest does not list."""
+        known = {entry.name for entry in self.manifest.shards}
+        return sorted({path.name for path in self.path.glob("shard-*.safetensors")} - known)
 
 
 class _Shard(NamedTuple):
     tensors: dict[str, Tensor]
     offsets: list[int]
-    samples: list[tuple[str, str, str, float]]
+    samples: list[list[Any]]  # id, source, split, temperature
 
 
-def _read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> Manifest:
     if not (path / MANIFEST).is_file():
         raise UserError("store", path, "it holds no manifest, so it is not finished", "run eagle3 record first")
     try:
@@ -247,28 +263,37 @@ def _read_manifest(path: Path) -> Manifest:
         if fields["schema"] != SCHEMA:
             problem = f"its schema is {fields['schema']}, this version reads {SCHEMA}"
             raise UserError("store", path, problem, "record it again")
+        if fields.pop("sha256") != sha256(encode_json(fields)):
+            raise ValueError("its checksum differs")
+        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
         shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
-        return Manifest(**fields, shards=shards)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("store", path / MANIFEST, f"it is damaged ({error})", "delete it and run eagle3 record") from None
+        return Manifest(**fields, files=files, shards=shards)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path / MANIFEST, f"it is damaged ({error})") from None
 
 
-def _open(path: Path, entry: ShardEntry) -> _Shard:
+def _header(file: BinaryIO, limit: int) -> bytes:
+    """The start of a safetensors file: names, types, shapes and metadata, preceded by their length."""
+    length = file.read(8)
+    return length + file.read(min(int.from_bytes(length, "little"), limit))
+
+
+def _open(path: Path, entry: ShardEntry, manifest: Manifest) -> _Shard:
     """Map a shard into memory; cheap checks only, the checksum is :meth:`Store.verify`'s."""
-    file = path / f"{entry.name}.safetensors"
-    remedy = "delete it and the manifest, and run eagle3 record"
-    if not file.is_file():
-        raise UserError("store", file, "the manifest lists it and it is missing", remedy)
-    if file.stat().st_size != entry.bytes:
-        problem = f"it has {file.stat().st_size:,} bytes and not {entry.bytes:,}"
-        raise UserError("store", file, problem, remedy)
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in TENSORS}
-            samples = [tuple(sample) for sample in json.loads(opened.metadata()["samples"])]
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError("store", file, f"it is damaged ({error})", remedy) from None
-    offsets = tensors["offsets"].tolist()
-    if len(samples) != entry.samples or offsets[-1] != entry.tokens or len(offsets) != len(samples) + 1:
-        raise UserError("store", file, "its counts are not those of the manifest", remedy)
+    file = path / entry.name
+    check_size(file, entry)
+    with file.open("rb") as opened:
+        if sha256(_header(opened, entry.bytes)) != entry.header_sha256:
+            raise damaged(file, "its header is not what was recorded")
+    tensors, metadata = read_tensors(file)
+    offsets, samples = tensors.pop("offsets").tolist(), json.loads(metadata["samples"])
+    found = {name: (str(tensor.dtype).removeprefix("torch."), *tensor.shape) for name, tensor in tensors.items()}
+    layers, width = len(manifest.target["layers"]), manifest.target["hidden_size"]
+    shapes = {"input_ids": (), "loss_mask": (), "features": (layers, width), "last_hidden": (width,)}
+    if found != {name: (manifest.dtypes[name], entry.tokens, *shape) for name, shape in shapes.items()}:
+        raise damaged(file, "its tensors are not those of the manifest")
+    ascending = all(a < b for a, b in pairwise(offsets))
+    counts = (offsets[0], offsets[-1], len(offsets) - 1, len(samples))
+    if counts != (0, entry.tokens, entry.samples, entry.samples) or not ascending:
+        raise damaged(file, "its counts are not those of the manifest")
     return _Shard(tensors, offsets, samples)

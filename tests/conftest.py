@@ -1,17 +1,36 @@
-"""A Llama-4 small enough for tests: 8 layers, every second one a mixture of 4 experts, chunks of 16 tokens."""
+"""What every room's tests use: a small Llama-4, and a run over 24 prompts whose data stages are complete.
+
+The model has 8 layers, every second one a mixture of 4 experts, and chunks of 16 tokens.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from eagle3.configs.settings import TargetSettings
+from eagle3.configs.settings import (
+    DraftSettings,
+    PrepareSettings,
+    RecordSettings,
+    RegenerateSettings,
+    RunSettings,
+    Settings,
+    TargetSettings,
+)
+from eagle3.data.prepare import prepare
+from eagle3.data.record import record
+from eagle3.data.regenerate import regenerate
 from eagle3.models.target import Target, load_target
 from eagle3.train.embedded.corpus import train_tokenizer
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 CHUNK = 16
+COUNTS = {"train": 16, "validation": 4, "test": 4}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -57,3 +76,54 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_target(tiny_folder: Path) -> Target:
     """The saved model in float32; captured layers 1, 3 and 4."""
     return load_target(TargetSettings(path=str(tiny_folder)))
+
+
+def write_prompts(path: Path) -> Path:
+    """A prompt file with two sources."""
+    lines = [
+        {
+            "id": f"{split}-{i}",
+            "source": ("sums", "words")[i % 2],
+            "split": split,
+            "prompt": f"Say {'so ' * (i % 5)}{split[:2]} {i}.",
+        }
+        for split, count in COUNTS.items()
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def changed(recipe: Settings) -> Callable[..., Settings]:
+    """``changed("record", dtype="float32")`` is the recipe with that setting."""
+    return lambda section, **values: replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    prompts = write_prompts(tmp_path_factory.mktemp("prompts") / "tiny.jsonl")
+    return Settings(
+        run=RunSettings(name="tiny", seed=3),
+        target=TargetSettings(path=str(tiny_folder)),
+        prepare=PrepareSettings(prompts=str(prompts), **COUNTS),
+        regenerate=RegenerateSettings(temperatures=(0.0, 0.7, 1.0), max_new_tokens=8, batch_size=7),
+        record=RecordSettings(batch_tokens=160, shard_tokens=320),
+        draft=DraftSettings(vocab_size=64),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(recipe: Settings, tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose data stages are complete; not to be written to."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    prepare(recipe, run_dir, tiny_target.tokenizer)
+    regenerate(recipe, run_dir, tiny_target)
+    record(recipe, run_dir, tiny_target)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the complete run, to damage or to go on with."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

@@ -1,0 +1,60 @@
+"""The chat format is the target's own, and the loss mask is the answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from eagle3.configs.errors import UserError
+from eagle3.data.chat import prompt_ids, sequence, tokenizer_hash
+from eagle3.data.conversations import Conversation
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def ask(*messages: tuple[str, str]) -> Conversation:
+    return Conversation("it", "s", "train", [{"role": role, "content": content} for role, content in messages])
+
+
+def test_prompt_ends_with_the_header_of_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_ids(tokenizer, ask(("user", "Hello")))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(ids) == text
+    assert text.index("Hello") < text.index("assistant")
+
+
+def test_a_template_that_refuses(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system messages here') }}"
+    with pytest.raises(UserError, match=r'"it" \(system, user\): .* refuses it: no system messages here; change'):
+        prompt_ids(tokenizer, ask(("system", "x"), ("user", "y")))
+
+
+def test_mask_is_the_answer() -> None:
+    made = sequence([5, 6, 7], [8, 9])
+    assert made.input_ids.tolist() == [5, 6, 7, 8, 9]
+    assert made.input_ids.dtype == "int32"
+    assert made.loss_mask.tolist() == [False, False, False, True, True]
+
+
+def test_hashes_follow_what_they_hash(tokenizer: PreTrainedTokenizerFast, tiny_folder: Path) -> None:
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a", "longer text"], padding=True, truncation=True, max_length=4)  # leaves its mark in the tokenizer
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert tokenizer_hash(tokenizer) == before == tokenizer_hash(AutoTokenizer.from_pretrained(tiny_folder))
+    tokenizer.chat_template += " "
+    assert tokenizer_hash(tokenizer).tokenizer == before.tokenizer
+    assert tokenizer_hash(tokenizer).chat_template != before.chat_template
+    tokenizer.add_tokens(["<new>"])
+    assert tokenizer_hash(tokenizer).tokenizer != before.tokenizer
+
+
+def test_a_tokenizer_without_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="its tokenizer has no chat template; take a target that follows a chat"):
+        tokenizer_hash(tokenizer)

@@ -1,0 +1,193 @@
+"""Choosing prompts: as many as asked for, even over sources, the same every time, and nothing scanned twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from eagle3.configs.errors import Interrupted, UserError
+from eagle3.configs.settings import PrepareSettings, Settings
+from eagle3.data import prepare as stage
+from eagle3.data.conversations import Conversation, Prompts, read_conversations
+from eagle3.data.prepare import deal, prepare, prepared
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+PROMPTS = Path("conversations/prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Write lines to a prompt file; returns a recipe that reads it."""
+
+    def write(rows: list[dict], **values: object) -> Settings:
+        path = tmp_path / "prompts.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        counts = {"train": 6, "validation": 1, "test": 1} | values
+        return Settings(prepare=PrepareSettings(prompts=str(path), **counts))
+
+    return write
+
+
+def rows(**counts: int) -> list[dict]:
+    """``train_a=3`` gives three prompts of source a in the training split."""
+    named = [(*name.split("_"), i) for name, count in counts.items() for i in range(count)]
+    return [{"split": split, "source": source, "prompt": f"{split} {source} {i}"} for split, source, i in named]
+
+
+def chosen(run_dir: Path) -> list[Conversation]:
+    return read_conversations(run_dir / PROMPTS)
+
+
+def test_counts_are_dealt_evenly_over_sources(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = write(rows(train_a=50, train_b=1, train_c=9, validation_a=3, test_a=3), train=9)
+    prepare(settings, tmp_path / "run", tokenizer)
+    kept = chosen(tmp_path / "run")
+    assert Counter(c.source for c in kept if c.split == "train") == {"a": 4, "b": 1, "c": 4}
+    assert Counter(c.split for c in kept) == {"train": 9, "validation": 1, "test": 1}
+    assert [c.split for c in kept] == ["train"] * 9 + ["validation", "test"]
+
+
+def test_order_of_the_file_does_not_matter(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = rows(train_a=20, train_b=20, validation_a=3, test_a=3)
+    prepare(write(lines), tmp_path / "one", tokenizer)
+    prepare(write(lines[::-1]), tmp_path / "two", tokenizer)
+    assert (tmp_path / "one" / PROMPTS).read_bytes() == (tmp_path / "two" / PROMPTS).read_bytes()
+
+
+def test_a_longer_run_keeps_what_a_shorter_one_has(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = rows(train_a=20, train_b=20, validation_a=3, test_a=3)
+    prepare(write(lines, train=6), tmp_path / "short", tokenizer)
+    prepare(write(lines, train=20), tmp_path / "long", tokenizer)
+    assert {c.id for c in chosen(tmp_path / "short")} < {c.id for c in chosen(tmp_path / "long")}
+
+
+def test_long_prompts_are_left_out_and_counted(
+    tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [*rows(train_a=5, validation_a=1, test_a=1), {"split": "train", "source": "a", "prompt": "long " * 60}]
+    prepare(write(lines, max_prompt_tokens=100), tmp_path / "run", tokenizer)
+    assert len(chosen(tmp_path / "run")) == 7
+    summary = json.loads((tmp_path / "run" / "conversations" / "summary.json").read_bytes())
+    assert summary["kept"] == {"train": {"a": 5}, "validation": {"a": 1}, "test": {"a": 1}}
+    assert summary["notes"] == {stage.TOO_LONG: 1}
+    printed = capsys.readouterr().out
+    assert "train            5 of 6 asked for (a 5)" in printed
+    assert "prompt longer than prepare.max_prompt_tokens: 1" in printed
+
+
+def test_a_split_without_prompts(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UserError, match="prepare.test = 1: .* has no short enough prompt in this split; add lines"):
+        prepare(write(rows(train_a=5, validation_a=2)), tmp_path / "run", tokenizer)
+    prepare(write(rows(train_a=5, validation_a=2), test=0), tmp_path / "run", tokenizer)
+
+
+def test_a_repaired_prompt_file_is_not_held_against_the_run(
+    tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(UserError, match="line 1: "):
+        prepare(write([{"promt": "oops"}]), tmp_path / "run", tokenizer)
+    prepare(write(rows(train_a=5, validation_a=2, test_a=2)), tmp_path / "run", tokenizer)
+
+
+def test_a_complete_stage_reads_no_prompts(
+    tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = write(rows(train_a=5, validation_a=2, test_a=2))
+    library = Settings(prepare=PrepareSettings(train=5, validation=2, test=2))
+    prompts = stage.load_prompts(Path(settings.prepare.prompts))
+    monkeypatch.setattr(stage, "library_prompts", lambda: Prompts(prompts.conversations, Counter()))
+    prepare(settings, tmp_path / "file", tokenizer)
+    prepare(library, tmp_path / "library", tokenizer)
+    before = (tmp_path / "library" / PROMPTS).stat().st_ino
+    monkeypatch.setattr(stage, "library_prompts", None)
+    monkeypatch.setattr(stage, "load_prompts", None)
+    started = time.monotonic()
+    prepare(settings, tmp_path / "file", tokenizer)
+    prepare(library, tmp_path / "library", tokenizer)
+    assert prepared(settings, tmp_path / "file") and prepared(library, tmp_path / "library")
+    assert time.monotonic() - started < 1.0
+    assert (tmp_path / "library" / PROMPTS).stat().st_ino == before
+
+
+def test_a_changed_recipe_is_refused(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = rows(train_a=9, validation_a=2, test_a=2)
+    prepare(write(lines), tmp_path / "run", tokenizer)
+    with pytest.raises(
+        UserError, match="prepare.train = 7: .*conversations was made with 6; set it back, choose another"
+    ):
+        prepare(write(lines, train=7), tmp_path / "run", tokenizer)
+    with pytest.raises(UserError, match='prepare.prompts = "[0-9a-f]{64}": .* was made with "[0-9a-f]{64}"'):
+        prepare(write(lines[1:]), tmp_path / "run", tokenizer)
+    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    other.chat_template += " "
+    with pytest.raises(UserError, match="chat template of the target = "):
+        prepare(write(lines), tmp_path / "run", other)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 0), ("validation", 0), ("test", -1)])
+def test_senseless_counts(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, split: str, count: int) -> None:
+    with pytest.raises(UserError, match=f"prepare.{split} = {count}: it is too small"):
+        prepare(write(rows(train_a=1), **{split: count}), tmp_path / "run", tokenizer)
+
+
+def test_no_such_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    settings = Settings(prepare=PrepareSettings(prompts=str(tmp_path / "absent.jsonl")))
+    with pytest.raises(
+        UserError, match=r'prepare.prompts = .*absent.jsonl: it cannot be read .*; give a JSONL file or "stdlib"'
+    ):
+        prepare(settings, tmp_path / "run", tokenizer)
+
+
+def test_a_run_directory_that_cannot_be_written(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"run.root = .*: it cannot be written \(Not a directory\); choose a folder"):
+        prepare(write(rows(train_a=5, validation_a=2, test_a=2)), tmp_path / "file" / "run", tokenizer)
+
+
+def test_a_crash_at_any_moment_changes_nothing(
+    tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, crashing
+) -> None:
+    settings = write(rows(train_a=9, validation_a=2, test_a=2))
+    prepare(settings, tmp_path / "whole", tokenizer)
+    for moment in itertools.count(1):
+        with crashing(moment) as crash:
+            prepare(settings, tmp_path / "run", tokenizer)
+        if not crash.happened:
+            break
+        prepare(settings, tmp_path / "run", tokenizer)
+        files = sorted(path.name for path in (tmp_path / "run" / "conversations").iterdir())
+        assert files == ["prepare.stage.json", "prompts.jsonl", "summary.json"]
+        assert (tmp_path / "run" / PROMPTS).read_bytes() == (tmp_path / "whole" / PROMPTS).read_bytes()
+        shutil.rmtree(tmp_path / "run")
+    assert moment == 19
+
+
+def test_a_signal(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, real = write(rows(train_a=9, validation_a=2, test_a=2)), stage.load_prompts
+
+    def signalled(path: Path) -> Prompts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(path)
+
+    monkeypatch.setattr(stage, "load_prompts", signalled)
+    with pytest.raises(Interrupted, match="the prompts are read; resume with: eagle3 prepare .*run/config.yaml"):
+        prepare(settings, tmp_path / "run", tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_deal_ends_when_all_are_dealt() -> None:
+    hands = [Conversation(f"{source}{i}", source, "train", []) for source in "ab" for i in range(3)]
+    assert sorted(c.id for c in deal(hands)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert [c.source for c in deal(hands)] == ["a", "b"] * 3

@@ -1,0 +1,297 @@
+"""Recording: what is in the store is what the target computes, whoever was killed or interrupted on the way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from eagle3.configs.errors import Incomplete, Interrupted, UserError
+from eagle3.configs.settings import RecordSettings, Settings
+from eagle3.data.conversations import Answer, read_answers, read_finished
+from eagle3.data.record import plan, record, recorded
+from eagle3.data.store import Store
+from eagle3.models.target import Target, TargetOutput
+
+fork = multiprocessing.get_context("fork")
+
+
+def answer(prompt: int, said: int, identity: str = "a") -> Answer:
+    return Answer(identity, "s", "train", 1.0, [1] * prompt, [2] * said, "length")
+
+
+def test_every_sample_holds_what_the_target_computes(finished: Path, tiny_target: Target) -> None:
+    store = Store(finished / "store")
+    answers = {answer.id: answer for answer in read_answers(finished / "conversations" / "answers.jsonl")}
+    assert [store[i].id for i in range(len(store))] == [
+        json.loads(line)["id"] for line in (finished / "conversations" / "prompts.jsonl").open()
+    ]
+    for i in range(len(store)):
+        sample = store[i]
+        said = answers[sample.id]
+        assert sample.input_ids.tolist() == said.prompt_ids + said.answer_ids
+        assert sample.loss_mask.tolist() == [False] * len(said.prompt_ids) + [True] * len(said.answer_ids)
+        assert sample[1:4] == (said.source, said.split, said.temperature)
+        alone = tiny_target.forward(sample.input_ids[None].long())
+        torch.testing.assert_close(sample.features.float(), alone.features[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(sample.last_hidden.float(), alone.last_hidden[0], rtol=1e-2, atol=1e-2)
+
+
+def test_the_manifest_says_what_the_contract_lists(finished: Path, recipe: Settings, tiny_target: Target) -> None:
+    manifest = Store(finished / "store").manifest
+    assert manifest.schema == 1
+    assert manifest.target["weights_sha256"] == tiny_target.info.weights_sha256
+    assert (manifest.target["name"], manifest.target["dtype"]) == (recipe.target.path, "float32")
+    assert manifest.target["layers"] == [1, 3, 4]
+    assert manifest.last_hidden == "after the final norm"
+    assert len(manifest.tokenizer_sha256) == len(manifest.chat_template_sha256) == 64
+    assert manifest.dtypes["features"] == manifest.dtypes["last_hidden"] == "bfloat16"
+    answers = read_answers(finished / "conversations" / "answers.jsonl")
+    assert manifest.samples == len(answers)
+    assert manifest.tokens == sum(len(a.prompt_ids) + len(a.answer_ids) for a in answers)
+    assert manifest.supervised_tokens == sum(len(a.answer_ids) for a in answers)
+    assert manifest.greedy_tokens == sum(len(a.answer_ids) for a in answers if a.temperature == 0.0)
+    assert manifest.disagreeing == 0
+    assert len(manifest.shards) > 2
+
+
+def test_float32_storage_is_exact(answered: Path, recipe: Settings, tiny_target: Target, changed) -> None:
+    record(changed("record", dtype="float32"), answered, tiny_target)
+    sample = Store(answered / "store")[0]
+    alone = tiny_target.forward(sample.input_ids[None].long())
+    torch.testing.assert_close(sample.features, alone.features[0], rtol=1e-5, atol=1e-5)
+
+
+def test_plan_is_a_partition_within_the_limits() -> None:
+    answers = [answer(5 + i * 7 % 11, 3 + i * 5 % 13, str(i)) for i in range(40)]
+    lengths = [len(a.prompt_ids) + len(a.answer_ids) for a in answers]
+    shards = plan(answers, RecordSettings(batch_tokens=50, shard_tokens=120))
+    flat = [sorted(i for batch in shard for i in batch) for shard in shards]
+    assert [i for shard in flat for i in shard] == list(range(40))
+    assert all(sum(lengths[i] for i in shard) <= 120 for shard in flat)
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 50 for shard in shards for batch in shard)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for shard in shards for batch in shard)
+    assert padded < 1.1 * sum(lengths)
+    long = [answer(2, 2), answer(500, 500), answer(2, 2)]
+    assert plan(long, RecordSettings(batch_tokens=64, shard_tokens=64)) == [[[0]], [[1]], [[2]]]
+
+
+def test_a_crash_at_any_moment_changes_nothing(
+    answered: Path,
+    finished: Path,
+    recipe: Settings,
+    tiny_target: Target,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crashing,
+    files_of,
+) -> None:
+    real, known = tiny_target.forward, {}
+
+    def remembered(input_ids: torch.Tensor) -> TargetOutput:  # some hundred runs compute the same few batches
+        key = str(input_ids.tolist())
+        known[key] = known.get(key) or real(input_ids)
+        return known[key]
+
+    monkeypatch.setattr(tiny_target, "forward", remembered)
+    expected = files_of(finished / "store")
+    for moment in itertools.count(1):
+        run = Path(shutil.copytree(answered, tmp_path / str(moment)))
+        with crashing(moment) as crash:
+            record(recipe, run, tiny_target)
+        if not crash.happened:
+            break
+        if not (run / "store" / "manifest.json").exists():
+            with pytest.raises(UserError, match="not finished"):
+                Store(run / "store")
+        record(recipe, run, tiny_target)
+        assert files_of(run / "store") == expected, f"crash at moment {moment}"
+        assert not list((run / "store").glob(".*.tmp")), f"crash at moment {moment}"
+        shutil.rmtree(run)
+    assert moment > 60
+
+
+def test_killed_again_and_again(
+    answered: Path, finished: Path, recipe: Settings, tiny_target: Target, files_of
+) -> None:
+    (answered / "store").mkdir()
+    for left in (".shard-00001.safetensors.99999.tmp", ".head.safetensors.99999.tmp"):
+        (answered / "store" / left).touch()
+    killed = 0
+    for seconds in (0.005, 0.02, 0.035, 0.05, 0.065, 0.08, 0.04, 0.025, 60):
+        process = fork.Process(target=record, args=(recipe, answered, tiny_target))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed > 1
+    assert files_of(answered / "store") == files_of(finished / "store")
+    assert not list((answered / "store").rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_after_the_current_shard(
+    answered: Path,
+    finished: Path,
+    recipe: Settings,
+    tiny_target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    files_of,
+) -> None:
+    real = tiny_target.forward
+
+    def signalled(input_ids: torch.Tensor) -> TargetOutput:
+        monkeypatch.undo()  # a second signal would end the process
+        os.kill(os.getpid(), number)
+        return real(input_ids)
+
+    left = answered / "store" / ".shard-00000.safetensors.99999.tmp"
+    left.parent.mkdir()
+    left.touch()
+    monkeypatch.setattr(tiny_target, "forward", signalled)
+    said = r"1 of \d+ shards are recorded; resume with: eagle3 record .*config\.yaml"
+    with pytest.raises(Interrupted, match=said) as caught:
+        record(recipe, answered, tiny_target)
+    assert caught.value.exit_code == 75
+    assert len(list((answered / "store").glob("shard-*.safetensors"))) == 1
+    assert not left.exists()
+    record(recipe, answered, tiny_target)
+    assert files_of(answered / "store") == files_of(finished / "store")
+
+
+def test_resuming_records_only_what_is_missing(
+    run_dir: Path, finished: Path, recipe: Settings, tiny_target: Target, monkeypatch: pytest.MonkeyPatch, files_of
+) -> None:
+    (run_dir / "store" / "shard-00001.safetensors").unlink()
+    kept = (run_dir / "store" / "shard-00000.safetensors").stat().st_ino
+    assert not recorded(recipe, run_dir)
+    record(recipe, run_dir, tiny_target)
+    assert (run_dir / "store" / "shard-00000.safetensors").stat().st_ino == kept
+    assert files_of(run_dir / "store") == files_of(finished / "store")
+    monkeypatch.setattr(tiny_target, "forward", None)  # a complete store is not touched again
+    record(recipe, run_dir, tiny_target)
+    assert recorded(recipe, run_dir)
+
+
+def _rank(rank: int, port: int, recipe: Settings, run_dir: Path, target: Target) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    PartialState._reset_state()
+    PartialState(cpu=True)  # the ranks meet here
+    real, batches = target.forward, []
+    target.forward = lambda ids: batches.append(ids) or real(ids)  # type: ignore[method-assign]
+    time.sleep(0.2 * rank)  # so that the ranks see different shards missing
+    record(recipe, run_dir, target)
+    (run_dir / f"rank-{rank}").write_text(f"{len(batches)} of {PartialState().num_processes}")
+
+
+def test_two_ranks_make_the_same_store(
+    answered: Path, finished: Path, recipe: Settings, tiny_target: Target, files_of
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [fork.Process(target=_rank, args=(r, port, recipe, answered, tiny_target)) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        process.kill()
+    shards = plan(read_finished(answered / "conversations", tiny_target.info.vocab_size), recipe.record)
+    shares = [sum(len(batches) for batches in shards[rank::2]) for rank in range(2)]
+    assert min(shares) > 0
+    assert [(answered / f"rank-{rank}").read_text() for rank in range(2)] == [f"{share} of 2" for share in shares]
+    assert files_of(answered / "store") == files_of(finished / "store")
+
+
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (lambda out: out._replace(last_hidden=out.last_hidden * float("nan")), "last_hidden .* not finite"),
+        (lambda out: out._replace(captured=tuple(c * 0 for c in out.captured)), "features .* are zero"),
+        (lambda out: out._replace(captured=out.captured[:2]), "its capture is at fault"),
+        (lambda out: out._replace(last_hidden=out.last_hidden.roll(1, 1)), "predict other tokens for"),
+    ],
+)
+def test_wrong_states_are_refused(
+    answered: Path, recipe: Settings, tiny_target: Target, monkeypatch: pytest.MonkeyPatch, harm, complaint: str
+) -> None:
+    real = tiny_target.forward
+    monkeypatch.setattr(tiny_target, "forward", lambda ids: harm(real(ids)))
+    with pytest.raises(Incomplete, match=complaint):
+        record(recipe, answered, tiny_target)
+    assert not list((answered / "store").glob("shard-*"))
+
+
+def test_answers_of_another_model_are_refused(answered: Path, recipe: Settings, tiny_target: Target) -> None:
+    path = answered / "conversations" / "answers.jsonl"
+    (answered / "conversations" / "regenerate.stage.json").unlink()  # as if another tool had written them
+    rows = [json.loads(line) for line in path.open()]
+    for row in rows:
+        row["answer_ids"] = [(token + 1) % tiny_target.info.vocab_size for token in row["answer_ids"]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(Incomplete, match="the answers are another target's"):
+        record(recipe, answered, tiny_target)
+
+
+def test_another_target_or_recipe_is_refused(
+    run_dir: Path, recipe: Settings, tiny_target: Target, monkeypatch: pytest.MonkeyPatch, changed
+) -> None:
+    with pytest.raises(UserError, match="record.shard_tokens = 99: .* was made with 320; set it back"):
+        record(changed("record", shard_tokens=99), run_dir, tiny_target)
+    with pytest.raises(UserError, match='record.dtype = "float32": .* was made with "bfloat16"'):
+        record(changed("record", dtype="float32"), run_dir, tiny_target)
+    other = tiny_target.info.__class__(**{**tiny_target.info.__dict__, "weights_sha256": "beef"})
+    monkeypatch.setattr(tiny_target, "info", other)
+    with pytest.raises(UserError, match=f'weights of the target = "beef": .* "{"[0-9a-f]" * 64}"'):
+        record(recipe, run_dir, tiny_target)
+    shutil.rmtree(run_dir / "store")
+    with pytest.raises(UserError, match='weights of the target = "beef": .*conversations was made with'):
+        record(recipe, run_dir, tiny_target)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"batch_tokens": 0}, "record.batch_tokens = 0"),
+        ({"shard_tokens": -1}, "record.shard_tokens = -1"),
+        ({"dtype": "int8"}, "record.dtype = int8: not supported; choose one of float32, bfloat16"),
+    ],
+)
+def test_senseless_settings(
+    answered: Path, recipe: Settings, tiny_target: Target, values: dict[str, object], complaint: str, changed
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        record(changed("record", **values), answered, tiny_target)
+
+
+def test_unfinished_answers(answered: Path, recipe: Settings, tiny_target: Target) -> None:
+    path = answered / "conversations" / "answers.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-3]))
+    with pytest.raises(UserError, match="3 of 24 answers are missing; run eagle3 regenerate"):
+        record(recipe, answered, tiny_target)
+    path.unlink()
+    with pytest.raises(UserError, match="it holds no answers; run eagle3 regenerate first"):
+        record(recipe, answered, tiny_target)
+
+
+def test_a_truncated_shard_is_not_hidden_by_recording_again(
+    run_dir: Path, recipe: Settings, tiny_target: Target
+) -> None:
+    (run_dir / "store" / "manifest.json").unlink()
+    shard = run_dir / "store" / "shard-00001.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(UserError, match="shard-00001.safetensors: it has .* bytes and not"):
+        record(recipe, run_dir, tiny_target)

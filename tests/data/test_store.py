@@ -1,0 +1,198 @@
+"""Reading the store: zero copies, and every kind of damage is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3.configs.errors import UserError
+from eagle3.configs.settings import Settings
+from eagle3.data.files import encode_json, sha256
+from eagle3.data.store import Store
+from eagle3.models.target import Target
+from transformers import AutoTokenizer
+
+SHARD = "shard-00001.safetensors"
+
+
+def flip(path: Path, offset: int) -> None:
+    """Flip one bit of the byte at ``offset``; a negative one counts from the end."""
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_random_access(finished: Path, tiny_target: Target) -> None:
+    store = Store(finished / "store")
+    assert len(store) == 24
+    assert store.lengths() == [len(store[i].input_ids) for i in range(24)]
+    assert sorted(i for split in ("train", "validation", "test") for i in store.indices(split)) == list(range(24))
+    assert [store[i].split for i in store.indices("validation")] == ["validation"] * 4
+    assert all(store[i].temperature == 0.0 for i in store.indices("validation") + store.indices("test"))
+    assert {store[i].temperature for i in store.indices("train")} == {0.0, 0.7, 1.0}
+    sample = store[23]
+    length = len(sample.input_ids)
+    assert sample.features.shape == (length, 3, 32)
+    assert sample.last_hidden.shape == (length, 32)
+    assert (sample.input_ids.dtype, sample.features.dtype) == (torch.int32, torch.bfloat16)
+    for outside in (24, -1):
+        with pytest.raises(IndexError):
+            store[outside]
+    assert len(list(store)) == 24
+
+
+def test_samples_are_views_of_mapped_files(finished: Path) -> None:
+    store = Store(finished / "store")
+    first, second = store[0], store[1]
+    assert first.features.untyped_storage().data_ptr() == second.features.untyped_storage().data_ptr()
+    mapped = (line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "shard-00000" in line)
+    ranges = [tuple(int(end, 16) for end in addresses.split("-")) for addresses in mapped]
+    assert any(start <= first.features.data_ptr() < end for start, end in ranges)
+
+
+def test_writing_to_a_sample_leaves_the_store_alone(finished: Path) -> None:
+    Store(finished / "store")[0].features.zero_()
+    assert Store(finished / "store").verify() == []
+    assert Store(finished / "store")[0].features.abs().sum() > 0
+
+
+def test_head_and_tokenizer_are_the_targets(finished: Path, tiny_target: Target) -> None:
+    store = Store(finished / "store")
+    head = store.head()
+    for ours, theirs in zip(head, tiny_target.head, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert head.lm_head.data_ptr() == head.embedding.data_ptr()  # tied, and stored once
+    tokenizer = AutoTokenizer.from_pretrained(store.tokenizer_dir)
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokenizer.apply_chat_template(messages) == tiny_target.tokenizer.apply_chat_template(messages)
+
+
+def test_vocabulary_counts_training_answers_only(finished: Path) -> None:
+    store = Store(finished / "store")
+    counts = torch.zeros_like(store.token_counts())
+    for i in store.indices("train"):
+        sample = store[i]
+        counts += torch.bincount(sample.input_ids[sample.loss_mask], minlength=len(counts))
+    assert store.token_counts().equal(counts)
+    chosen = store.draft_vocabulary(64)
+    assert chosen.ids is not None and len(chosen.ids) == 64
+    assert set(chosen.coverage) == {"sums", "words"}
+
+
+def test_check_accepts_the_recipe(finished: Path, recipe: Settings, changed) -> None:
+    store = Store(finished / "store")
+    store.check(recipe)
+    store.check(changed("target", layers=(1, 3, 4)))  # the default, spelled out
+    store.check(changed("record", shard_tokens=5))  # of no concern to a reader
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "complaint"),
+    [
+        ("target", {"path": "other"}, "target.path = other: .* was recorded with /.*tiny"),
+        ("target", {"revision": "v2"}, "target.revision = v2: .* was recorded with None"),
+        ("target", {"dtype": "bfloat16"}, "target.dtype = bfloat16: .* was recorded with float32"),
+        ("target", {"layers": (0, 3, 4)}, r"target.layers = \[0, 3, 4\]: .* was recorded with \[1, 3, 4\]"),
+        ("record", {"dtype": "float32"}, "record.dtype = float32: .* was recorded with bfloat16"),
+        ("draft", {"vocab_size": 100_000}, "draft.vocab_size = 100000: the target has a vocabulary of"),
+    ],
+)
+def test_check_names_both_values(finished: Path, changed, section: str, values: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Store(finished / "store").check(changed(section, **values))
+
+
+def test_a_whole_store_verifies(finished: Path) -> None:
+    assert Store(finished / "store").verify() == []
+
+
+@pytest.mark.parametrize("name", [SHARD, "head.safetensors", "vocabulary.safetensors", "tokenizer/tokenizer.json"])
+def test_a_flipped_byte_is_found(run_dir: Path, name: str) -> None:
+    store = Store(run_dir / "store")
+    flip(run_dir / "store" / name, -3)
+    assert store.verify() == [f"{name} is not what was recorded: its checksum differs"]
+
+
+def test_no_byte_of_a_shard_is_left_unchecked(run_dir: Path) -> None:
+    store, path = Store(run_dir / "store"), run_dir / "store" / SHARD
+    whole = path.read_bytes()
+    for offset in range(0, len(whole), len(whole) // 20):
+        flip(path, offset)
+        assert len(store.verify()) == 1, f"byte {offset}"
+        path.write_bytes(whole)
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("offset", [0, 3, 7, 8, 9, 40, 100, 200])
+def test_a_damaged_header_is_found_at_once(run_dir: Path, offset: int) -> None:
+    flip(run_dir / "store" / SHARD, offset)
+    with pytest.raises(UserError, match=SHARD):
+        Store(run_dir / "store")
+
+
+@pytest.mark.parametrize("name", [SHARD, "head.safetensors", "vocabulary.safetensors", "tokenizer/tokenizer.json"])
+def test_a_truncated_or_missing_file_is_found_at_once(run_dir: Path, name: str) -> None:
+    path = run_dir / "store" / name
+    store = Store(run_dir / "store")
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError, match=f"{name}: it has .* bytes and not"):
+        Store(run_dir / "store")
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name}: it is missing; run eagle3 record again"):
+        Store(run_dir / "store")
+    assert store.verify() == [f"{name} is missing"]
+
+
+def test_a_foreign_shard_is_found_at_once(run_dir: Path) -> None:
+    store = Store(run_dir / "store")
+    shutil.copy(run_dir / "store" / SHARD, run_dir / "store" / "shard-00099.safetensors")
+    with pytest.raises(UserError, match=r"shard-00099.safetensors: it does not belong to this store; delete it"):
+        Store(run_dir / "store")
+    assert store.verify() == ["shard-00099.safetensors does not belong to this store"]
+
+
+def test_shards_in_each_others_place(run_dir: Path) -> None:
+    folder = run_dir / "store"
+    first, second = folder / "shard-00000.safetensors", folder / SHARD
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(UserError, match="shard-00000"):
+        Store(folder)
+
+
+def test_an_unfinished_store_is_refused(run_dir: Path) -> None:
+    (run_dir / "store" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="it holds no manifest, so it is not finished; run eagle3 record first"):
+        Store(run_dir / "store")
+
+
+def test_a_damaged_manifest_is_refused(run_dir: Path) -> None:
+    path = run_dir / "store" / "manifest.json"
+    fields = json.loads(path.read_bytes())
+    for content in (
+        b"",
+        b"[]",
+        b'{"schema": 1}',
+        path.read_bytes().replace(b'"sums"', b'"bums"').replace(b"32", b"33", 1),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"manifest.json: it is damaged"):
+            Store(run_dir / "store")
+    path.write_bytes(encode_json(fields | {"schema": 2}))
+    with pytest.raises(UserError, match="its schema is 2, this version reads 1"):
+        Store(run_dir / "store")
+
+
+def test_a_manifest_that_contradicts_its_shards(run_dir: Path) -> None:
+    path = run_dir / "store" / "manifest.json"
+    fields = json.loads(path.read_bytes())
+    del fields["sha256"]
+    fields["target"]["layers"] = [1, 3]
+    path.write_bytes(encode_json({"sha256": sha256(encode_json(fields)), **fields}))
+    with pytest.raises(UserError, match="its tensors are not those of the manifest"):
+        Store(run_dir / "store")
