@@ -1,5 +1,8 @@
 """The draft head on disk, in the layout that serving engines read: ``config.json`` and ``model.safetensors``.
 
+    save_draft(draft, Path("runs/demo/draft"), torch.bfloat16, {"eagle3_target": {...}})
+    draft = load_draft(Path("runs/demo/draft"))
+
 vLLM reads the captured layers from the top level, numbered by the layer whose input they are (ours + 1); SGLang reads
 ``eagle_config``, numbered by the layer whose output they are (ours). Both are written on purpose.
 """
@@ -7,12 +10,14 @@ vLLM reads the captured layers from the top level, numbered by the layer whose i
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..configs.errors import UserError
@@ -20,8 +25,35 @@ from .draft import DraftConfig, Eagle3Draft
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 REMEDY = "take the folder of a trained head, such as runs/<name>/draft"
+
+# Fields of DraftConfig that the file holds as they are: ours, the file's name, and what the value must be.
+FIELDS: tuple[tuple[str, str, type], ...] = (
+    ("hidden_size", "hidden_size", int),
+    ("intermediate_size", "intermediate_size", int),
+    ("num_heads", "num_attention_heads", int),
+    ("num_kv_heads", "num_key_value_heads", int),
+    ("head_dim", "head_dim", int),
+    ("vocab_size", "vocab_size", int),
+    ("draft_vocab_size", "draft_vocab_size", int),
+    ("rms_norm_eps", "rms_norm_eps", float),
+    ("rope_theta", "rope_theta", float),
+    ("max_positions", "max_position_embeddings", int),
+    ("norm_output", "norm_output", bool),
+    ("fc_norm", "fc_norm", bool),
+)
+# What every head of ours is. A file that says otherwise describes another computation.
+CONSTANTS: dict[str, Any] = {
+    "architectures": [ARCHITECTURE],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "norm_before_residual": False,
+}
 
 
 def save_draft(draft: Eagle3Draft, folder: Path, dtype: torch.dtype, extra: dict[str, Any] | None = None) -> None:
@@ -29,7 +61,7 @@ def save_draft(draft: Eagle3Draft, folder: Path, dtype: torch.dtype, extra: dict
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = _to_json(draft.config, dtype) | (extra or {})
+    config = (extra or {}) | _to_json(draft.config, dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -37,24 +69,25 @@ def load_draft(folder: Path) -> Eagle3Draft:
     """Read a head as float32.
 
     Raises:
-        UserError: a file is missing or damaged, a tensor is missing, unknown or has another shape than the
-            configuration says, or the draft vocabulary does not fit the target's.
+        UserError: a file is missing or damaged; the configuration lacks a setting, contradicts itself or describes
+            another kind of head; a tensor is missing, unknown, or has another shape or type than the configuration
+            says; or the draft vocabulary is no part of the target's.
     """
-    config = _from_json(folder, _read_config(folder))
-    tensors = _read_tensors(folder)
+    config = _from_json(folder / CONFIG, _read_config(folder / CONFIG))
+    path = folder / WEIGHTS
+    tensors = _read_tensors(path)
     mapped = config.draft_vocab_size < config.vocab_size
-    draft_ids = _draft_ids(folder, config, tensors) if mapped else None
-    draft = Eagle3Draft(config, draft_ids)
+    placeholder = torch.arange(config.draft_vocab_size) if mapped else None
+    draft = Eagle3Draft(config, placeholder)
     expected = draft.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
-            raise UserError("draft", folder / WEIGHTS, f"it has no tensor {name}", REMEDY)
+            raise UserError("draft", path, f"it has no tensor {name}, which its {CONFIG} asks for", REMEDY)
         if name not in expected:
-            raise UserError("draft", folder / WEIGHTS, f"its tensor {name} has no place in the head", REMEDY)
-        found, wanted = tuple(tensors[name].shape), tuple(expected[name].shape)
-        if found != wanted:
-            problem = f"{name} has shape {list(found)}, and {CONFIG} says {list(wanted)}"
-            raise UserError("draft", folder / WEIGHTS, problem, REMEDY)
+            raise UserError("draft", path, f"its tensor {name} has no place in the head of its {CONFIG}", REMEDY)
+        _check_tensor(path, name, tensors[name], expected[name])
+    if mapped:
+        _check_vocabulary(path, tensors["d2t"], tensors["t2d"])
     draft.load_state_dict(tensors)
     return draft
 
@@ -65,98 +98,103 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "dtype": name,
-        "torch_dtype": name,
-        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in config.target_layers],
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": list(config.target_layers),
-            "use_aux_hidden_state": True,
-        },
-        "norm_before_residual": False,
-        "norm_output": config.norm_output,
-        "fc_norm": config.fc_norm,
-    }
+    name, values = str(dtype).removeprefix("torch."), asdict(config)
+    return (
+        CONSTANTS
+        | {theirs: values[ours] for ours, theirs, _ in FIELDS}
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+            "dtype": name,
+            "torch_dtype": name,
+            LAYER_IDS: [layer + 1 for layer in config.target_layers],
+            "eagle_config": {LAYER_IDS: list(config.target_layers), "use_aux_hidden_state": True},
+        }
+    )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError("draft", path, "there is no such file", REMEDY) from None
     except ValueError as error:
         raise UserError("draft", path, f"it is not JSON ({error})", REMEDY) from None
-    if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
-        raise UserError("draft", path, f"its architecture is not {ARCHITECTURE}", REMEDY)
+    if not isinstance(config, dict):
+        raise UserError("draft", path, "it is not a JSON object", REMEDY)
     return config
 
 
-def _from_json(folder: Path, config: dict[str, Any]) -> DraftConfig:
-    try:
-        ours = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-        theirs = config["eagle_aux_hidden_state_layer_ids"]
-        read = DraftConfig(
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            vocab_size=config["vocab_size"],
-            draft_vocab_size=config["draft_vocab_size"],
-            target_layers=tuple(ours),
-            rms_norm_eps=config["rms_norm_eps"],
-            rope_theta=config["rope_theta"],
-            max_positions=config["max_position_embeddings"],
-            fc_norm=config["fc_norm"],
-            norm_output=config["norm_output"],
-        )
-    except KeyError as error:
-        raise UserError("draft", folder / CONFIG, f"it has no setting {error}", REMEDY) from None
-    if theirs != [layer + 1 for layer in ours]:
-        problem = f"its two lists of captured layers, {theirs} by input and {ours} by output, name different layers"
-        raise UserError("draft", folder / CONFIG, problem, "let the first be the second plus one")
+def _from_json(path: Path, config: dict[str, Any]) -> DraftConfig:
+    """The head's shape, where the file says all of it and nothing against it."""
+    for key, wanted in CONSTANTS.items():
+        if config.get(key) != wanted:
+            raise UserError("draft", path, f"{key} is {config.get(key)}, and only {wanted} is supported", REMEDY)
+    values: dict[str, Any] = {}
+    for ours, theirs, kind in FIELDS:
+        value = config.get(theirs)
+        if not _is_a(kind, value):
+            wanted = "a bool" if kind is bool else f"a positive {kind.__name__}"
+            raise UserError("draft", path, f"{theirs} is {value}, and it must be {wanted}", REMEDY)
+        values[ours] = kind(value)
+    inner = config["eagle_config"] if isinstance(config.get("eagle_config"), dict) else {}
+    inputs, outputs = config.get(LAYER_IDS), inner.get(LAYER_IDS)
+    if not outputs or not _is_ascending(outputs) or inputs != [layer + 1 for layer in outputs]:
+        problem = f"its two lists of captured layers, {inputs} by input and {outputs} by output, do not agree"
+        raise UserError("draft", path, problem, f"let {LAYER_IDS} be ascending, and eagle_config's list plus one")
+    if (used := inner.get("use_aux_hidden_state")) is not True:
+        problem = f"use_aux_hidden_state of eagle_config is {used}, and only True is supported"
+        raise UserError("draft", path, problem, REMEDY)
+    rope = config.get("rope_parameters")
+    if rope != {"rope_type": "default", "rope_theta": config["rope_theta"]}:
+        problem = f"rope_parameters is {rope}, and it must be plain and agree with rope_theta {config['rope_theta']}"
+        raise UserError("draft", path, problem, REMEDY)
+    read = DraftConfig(target_layers=tuple(outputs), **values)
+    if read.num_heads % read.num_kv_heads or read.head_dim % 2:
+        problem = f"it has {read.num_heads} heads over {read.num_kv_heads} key/value heads of width {read.head_dim}"
+        raise UserError("draft", path, problem, REMEDY)
+    if read.draft_vocab_size > read.vocab_size:
+        problem = f"draft_vocab_size is {read.draft_vocab_size} out of a vocabulary of {read.vocab_size}"
+        raise UserError("draft", path, problem, REMEDY)
     return read
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError("draft", path, "there is no such file", REMEDY)
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether ``value`` is a bool or a positive, finite number, as ``kind`` says; a whole number will do for a float."""
+    if kind is bool or isinstance(value, bool):
+        return kind is type(value)
+    return isinstance(value, int if kind is int else int | float) and 0 < value < math.inf
+
+
+def _is_ascending(layers: Any) -> bool:
+    whole = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers)
+    return whole and layers == sorted(set(layers))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError("draft", path, "there is no such file", REMEDY) from None
     except SafetensorError as error:
         raise UserError("draft", path, f"it is damaged ({error})", REMEDY) from None
 
 
-def _draft_ids(folder: Path, config: DraftConfig, tensors: dict[str, Tensor]) -> Tensor:
-    """The draft vocabulary ``[D]`` out of ``d2t`` offsets, checked against ``t2d``."""
-    if "d2t" not in tensors or "t2d" not in tensors:
-        raise UserError("draft", folder / WEIGHTS, "its draft vocabulary is smaller and it has no d2t and t2d", REMEDY)
-    offsets, chosen = tensors["d2t"], tensors["t2d"]
-    ids = offsets + torch.arange(len(offsets))
-    fits = len(ids) == config.draft_vocab_size and len(chosen) == config.vocab_size
-    if not fits or not torch.equal(ids, chosen.nonzero()[:, 0]):
-        problem = "d2t (offsets) and t2d do not describe the same part of the target's vocabulary"
-        raise UserError("draft", folder / WEIGHTS, problem, REMEDY)
-    return ids
+def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        problem = f"{name} has shape {list(found.shape)}, and its {CONFIG} says {list(wanted.shape)}"
+        raise UserError("draft", path, problem, REMEDY)
+    fits = found.is_floating_point() if wanted.is_floating_point() else found.dtype == wanted.dtype
+    if not fits:
+        kind = "a floating-point type" if wanted.is_floating_point() else str(wanted.dtype)
+        raise UserError("draft", path, f"{name} has type {found.dtype}, and it must have {kind}", REMEDY)
+
+
+def _check_vocabulary(path: Path, d2t: Tensor, t2d: Tensor) -> None:
+    """``d2t`` (offsets) and ``t2d`` must name the same ids, ascending."""
+    ids = d2t + torch.arange(len(d2t))
+    if ids.min() < 0 or ids.max() >= len(t2d):
+        problem = f"d2t leads to target ids {int(ids.min())}..{int(ids.max())}, out of 0..{len(t2d) - 1}"
+        raise UserError("draft", path, problem, "write d2t as offsets: target id - draft id")
+    if not torch.equal(ids, t2d.nonzero()[:, 0]):
+        problem = "d2t and t2d do not name the same part of the target's vocabulary, in ascending order"
+        raise UserError("draft", path, problem, "write d2t as offsets: target id - draft id")

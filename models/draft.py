@@ -5,12 +5,12 @@
     y        = h + attention(x);  y = y + mlp(post_attention_layernorm(y))
     logits   = lm_head(norm(y));  the next step's h is y
 
-Source: Li et al., arXiv 2503.01840. Row t pairs the features of token t with the embedding of token t+1, at RoPE position
-t; it predicts token t+2. Rotation is NeoX's (halves), whatever the target's own is. The embedding is the target's and
-not part of this module: callers pass embedded tokens. Parameter names are those that serving engines load.
+Source: Li et al., arXiv 2503.01840. Row t pairs the features of token t with the embedding of token t+1, at RoPE
+position t; it predicts token t+2. Rotation is NeoX's (halves), whatever the target's own is. The embedding is the
+target's and not part of this module: callers pass embedded tokens. Parameter names are those that engines load.
 
-Shape suffixes: B batch, T new rows, S cached and new rows, N heads, G heads per key/value head, H hidden, F features,
-D draft vocabulary, V vocabulary, W head width.
+Shape suffixes: B batch, T new rows, S cached and new rows, N heads, M key/value heads, H hidden, F features, D draft
+vocabulary, V vocabulary, W head width, C half of it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections; what attends to what is the caller's affair (:mod:`.rollout` when training, ``decode`` when serving)."""
+    """The projections; what attends to what is :mod:`.rollout`'s affair when training, ``decode``'s when serving."""
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
@@ -97,8 +97,21 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+def rotation_table(config: DraftConfig, length: int, like: Tensor) -> Tensor:
+    """Cosines and sines of RoPE positions 0..length-1, ``[2, length, 1, C]``, in ``like``'s dtype.
+
+    Angles are taken in float64, as positions grow large. Nothing of this is a buffer of the head, because casting a
+    module to bfloat16 casts its buffers.
+    """
+    half = config.head_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=like.device) / half
+    positions = torch.arange(length, dtype=torch.float64, device=like.device)
+    angles = positions[:, None, None] * config.rope_theta**-exponents
+    return torch.stack((angles.cos(), angles.sin())).to(like.dtype)
+
+
 class DraftCache:
-    """Keys and values of the rows so far; rejected ones are taken back by moving ``length``.
+    """Keys and values of the rows so far; rejected rows are taken back by moving ``length``.
 
     Args:
         config: the head's shape.
@@ -110,13 +123,14 @@ class DraftCache:
     def __init__(self, config: DraftConfig, batch: int, capacity: int, like: Tensor) -> None:
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
+        self.rotation = rotation_table(config, capacity, like)
         self.length = 0
 
-    def append(self, keys_BNTW: Tensor, values_BNTW: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rows; returns all keys and values, ``[B, N, S, W]`` each."""
-        start, end = self.length, self.length + keys_BNTW.shape[2]
-        self._keys[:, :, start:end] = keys_BNTW
-        self._values[:, :, start:end] = values_BNTW
+    def append(self, keys_BMTW: Tensor, values_BMTW: Tensor) -> tuple[Tensor, Tensor]:
+        """Add rows; returns all keys and values, ``[B, M, S, W]`` each."""
+        start, end = self.length, self.length + keys_BMTW.shape[2]
+        self._keys[:, :, start:end] = keys_BMTW
+        self._values[:, :, start:end] = values_BMTW
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
@@ -131,6 +145,9 @@ class Eagle3Draft(nn.Module):
     Args:
         config: its shape.
         draft_ids: target ids ``[D]`` of the draft vocabulary, ascending; None where D = V and ids are shared.
+
+    Raises:
+        ValueError: ``draft_ids`` are not as many as ``config`` says.
     """
 
     d2t: Tensor
@@ -138,6 +155,8 @@ class Eagle3Draft(nn.Module):
 
     def __init__(self, config: DraftConfig, draft_ids: Tensor | None = None) -> None:
         super().__init__()
+        if (config.vocab_size if draft_ids is None else len(draft_ids)) != config.draft_vocab_size:
+            raise ValueError(f"a draft vocabulary of {config.draft_vocab_size} needs as many draft_ids")
         self.config = config
         hidden, captured = config.hidden_size, len(config.target_layers)
         self.fc = nn.Linear(captured * hidden, hidden, bias=False)
@@ -151,9 +170,6 @@ class Eagle3Draft(nn.Module):
             chosen[draft_ids] = True
             self.register_buffer("d2t", draft_ids - torch.arange(len(draft_ids)))
             self.register_buffer("t2d", chosen)
-        half = config.head_dim // 2
-        inverse = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
-        self.register_buffer("inverse_frequencies", inverse, persistent=False)
 
     @property
     def mapped(self) -> bool:
@@ -176,7 +192,8 @@ class Eagle3Draft(nn.Module):
             self.lm_head.weight.copy_(lm_head[self.draft_ids])
 
     def combine(self, features: Tensor) -> Tensor:
-        """Captured states ``[..., F, H]`` to the draft's hidden state ``[..., H]``."""
+        """Captured states ``[..., F, H]``, of any dtype, to the draft's hidden state ``[..., H]``."""
+        features = features.to(self.fc.weight.dtype)
         if self.config.fc_norm:
             parts = features.unbind(-2)
             features = torch.stack([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -2)
@@ -194,20 +211,20 @@ class Eagle3Draft(nn.Module):
 
     def inputs(self, embed: Tensor, h: Tensor) -> Tensor:
         """``[..., H]`` and ``[..., H]`` to the attention's input ``[..., 2H]``; embedding first."""
-        return torch.cat((self.midlayer.input_layernorm(embed), self.midlayer.hidden_norm(h)), -1)
+        return torch.cat((self.midlayer.input_layernorm(embed.to(h.dtype)), self.midlayer.hidden_norm(h)), -1)
 
-    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
-        """``[..., T, 2H]`` at RoPE ``positions [..., T]`` to rotated queries ``[..., N, T, W]``."""
-        return self._rotated(self._heads(self.midlayer.self_attn.q_proj(x)), positions)
+    def queries(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """``[..., 2H]``, rotated by ``rotation [2, ..., 1, C]``, to ``[..., N, W]``."""
+        return self._rotated(self.midlayer.self_attn.q_proj(x), rotation)
 
-    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``[..., T, 2H]`` to rotated keys and values, ``[..., N_kv, T, W]`` each."""
+    def keys_values(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """``[..., 2H]`` to keys, rotated by ``rotation [2, ..., 1, C]``, and values, ``[..., M, W]`` each."""
         attention = self.midlayer.self_attn
-        return self._rotated(self._heads(attention.k_proj(x)), positions), self._heads(attention.v_proj(x))
+        return self._rotated(attention.k_proj(x), rotation), self._heads(attention.v_proj(x))
 
     def finish(self, h: Tensor, attended: Tensor) -> Tensor:
-        """The layer behind the attention: ``h [..., T, H]`` and ``attended [..., N, T, W]`` to ``y [..., T, H]``."""
-        y = h + self.midlayer.self_attn.o_proj(attended.transpose(-3, -2).flatten(-2))
+        """The layer behind the attention: ``h [..., H]`` and ``attended [..., N, W]`` to ``y [..., H]``."""
+        y = h + self.midlayer.self_attn.o_proj(attended.flatten(-2))
         out: Tensor = y + self.midlayer.mlp(self.midlayer.post_attention_layernorm(y))
         return out
 
@@ -221,25 +238,26 @@ class Eagle3Draft(nn.Module):
         Args:
             embed: embedded next tokens, ``[B, T, H]``.
             h: combined features, or fed-back outputs, ``[B, T, H]``.
-            positions: RoPE positions, ``[B, T]``.
+            positions: RoPE positions, ``[B, T]``, below the cache's capacity.
 
         Returns:
             y, ``[B, T, H]``.
         """
         x = self.inputs(embed, h)
-        query_BNTW = self.queries(x, positions)
-        keys_BNSW, values_BNSW = cache.append(*self.keys_values(x, positions))
-        new, total = query_BNTW.shape[2], keys_BNSW.shape[2]
+        rotation = cache.rotation[:, positions]
+        query_BNTW = self.queries(x, rotation).transpose(1, 2)
+        keys_BTMW, values_BTMW = self.keys_values(x, rotation)
+        keys_BMSW, values_BMSW = cache.append(keys_BTMW.transpose(1, 2), values_BTMW.transpose(1, 2))
+        new, total = query_BNTW.shape[2], keys_BMSW.shape[2]
         mask = None if new == 1 else torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
-        attended = F.scaled_dot_product_attention(query_BNTW, keys_BNSW, values_BNSW, attn_mask=mask, enable_gqa=True)
-        return self.finish(h, attended)
+        attended = F.scaled_dot_product_attention(query_BNTW, keys_BMSW, values_BMSW, attn_mask=mask, enable_gqa=True)
+        return self.finish(h, attended.transpose(1, 2))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(-3, -2)
+        return x.unflatten(-1, (-1, self.config.head_dim))
 
-    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate halves (NeoX): pair i is (x[i], x[i + W/2]). Angles are taken in float64, as positions grow large."""
-        angles = (positions[..., None] * self.inverse_frequencies)[..., None, :, :]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        low, high = x.chunk(2, dim=-1)
+    def _rotated(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """Split into heads and rotate halves (NeoX): pair i is (x[i], x[i + C])."""
+        low, high = self._heads(x).chunk(2, dim=-1)
+        cos, sin = rotation
         return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)

@@ -1,7 +1,7 @@
 """Acceptance length without decoding: a walk along a recorded greedy answer.
 
-Serving drafts from one row, accepts the draft's prefix that agrees with the target, and goes on behind it. An average over
-all rows would count easy stretches too often, since accepted drafts jump over them.
+Serving drafts from one row, accepts the draft's prefix that agrees with the target, and goes on behind it. An average
+over all rows would count easy stretches too often, since accepted drafts jump over them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ def walk(hits: Tensor, first: int, chain: int) -> list[int]:
 
     Returns:
         one count in 0..chain a round. The round that crosses the end of the answer is left out, since what the draft
-        would have said behind it is not known; where this is compared with decoding, it is left out there too.
+        would have said behind it is not known; where this is compared with decoding, it is left out there too. It is
+        the one whose accepted tokens reach the answer's last, so that the target's own token behind them lies outside.
     """
     joint_T = hits[:chain].int().cumprod(0).sum(0).tolist()
-    accepted, row, last = [], first, len(joint_T) - 2
-    while row < last:
-        left = last - row  # tokens of the answer that the round can draft
-        if left < chain and joint_T[row] == left:
-            break
+    accepted: list[int] = []
+    row, last = first, len(joint_T) - 2
+    while row + joint_T[row] < last:
         accepted.append(joint_T[row])
         row += joint_T[row] + 1
     return accepted

@@ -120,7 +120,9 @@ def test_batch_answers_as_one_by_one(tiny_target: Target) -> None:
     ]
     assert tiny_target.generate(prompts, temperatures, 40, seeds) == alone
     order = [4, 1, 5]
-    some = tiny_target.generate(*([x[i] for i in order] for x in (prompts, temperatures)), 40, [seeds[i] for i in order])
+    some = tiny_target.generate(
+        *([x[i] for i in order] for x in (prompts, temperatures)), 40, [seeds[i] for i in order]
+    )
     assert some == [alone[i] for i in order]
 
 
