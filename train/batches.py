@@ -3,7 +3,7 @@
     schedule = Schedule(samples, lengths, batch_tokens=4096, epochs=4, seed=0)
     for batch in schedule.from_step(0):                      # Batch(step=1, epoch=0, samples=(17, 3, ...)), ...
         parts = divide(batch.samples, lengths, ranks * accumulation)
-        collate([store[i] for i in parts[rank]])             # RolloutBatch
+        collate(load(store, parts[rank]))                    # RolloutBatch
 
 The batches of an epoch are a pure function of seed, epoch, lengths and ``batch_tokens``. How many ranks and accumulation
 steps share one only decides how it is divided, so a run may go on with another number of them.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.store import StoreSample
+from ..data.store import Store, StoreSample
 from ..models.rollout import RolloutBatch
 
 POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
@@ -124,6 +124,18 @@ def divide(samples: Sequence[int], lengths: Mapping[int, int] | Sequence[int], p
         divided[int(middle * parts / total)].append(sample)
         before += lengths[sample]
     return [tuple(part) for part in divided]
+
+
+def load(store: Store, indices: Sequence[int]) -> list[StoreSample]:
+    """The samples at ``indices``. Where there are none, two tokens from which nothing is learnt: a rank without work
+
+    still takes part in what all ranks compute together, and adds zeros to it.
+    """
+    if indices:
+        return [store[index] for index in indices]
+    first = store[0]
+    blank = first._replace(loss_mask=torch.zeros_like(first.loss_mask))
+    return [blank._replace(**{name: blank._asdict()[name][:2] for name in StoreSample._fields[4:]})]
 
 
 def collate(samples: Sequence[StoreSample]) -> RolloutBatch:

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and the best head so far.
 
-    runs/<name>/train/checkpoints/step-000200/     everything that exact resuming needs, written by accelerate
-    runs/<name>/train/progress.json                where the best head came from
-    runs/<name>/draft/                             the best head, in serving format
+runs/<name>/train/checkpoints/step-000200/     everything that exact resuming needs, written by accelerate
+runs/<name>/train/progress.json                where the best head came from
+runs/<name>/draft/                             the best head, in serving format
 """
 
 from __future__ import annotations

@@ -37,6 +37,21 @@ def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
 
 
 def gather_parameters(accelerator: Accelerator, module: nn.Module) -> dict[str, Tensor]:
-    """All parameters, whole, on the CPU, under their own names; every rank must call it, the main process gets them."""
-    state = accelerator.get_state_dict(module)
-    return {name: tensor.detach().float().cpu() for name, tensor in (state or {}).items() if tensor.is_floating_point()}
+    """The draft's parameters, whole, float32 on the CPU; every rank must call it, the main process gets them.
+
+    Parameters only: what DeepSpeed shards need not keep the buffers.
+    """
+    state = accelerator.get_state_dict(module) or {}
+    return {
+        name.removeprefix("draft."): tensor.detach().float().cpu()
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+    }
+
+
+def any_rank(accelerator: Accelerator, requested: bool) -> bool:
+    """Whether any rank was asked to stop: they must leave the loop together."""
+    if accelerator.num_processes == 1:
+        return requested
+    flag = torch.tensor(float(requested), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item())

@@ -25,7 +25,7 @@ from . import card, corpus, pretrain
 from .refine import Refinement, refine
 
 #: What was run for the weights that ship.
-PRETRAINING = pretrain.Recipe(stable_steps=2000, decay_steps=900)
+PRETRAINING = pretrain.Recipe(stable_steps=1300, decay_steps=600)
 REFINEMENT = Refinement()
 MAX_ANSWER = 160
 TOKENIZER_TEXTS, QUESTIONS = 30000, 3000
@@ -85,7 +85,7 @@ def build_model(work: Path, tokenizer: PreTrainedTokenizerFast) -> Llama4ForCaus
         return model
     texts = [corpus.render(example) for example in card.held_out("validation", 400)]
     stream = torch.from_numpy(corpus.encode(texts, tokenizer).astype(np.int64))
-    held_out = stream[: 96 * 512 + 1].unfold(0, 513, 512)
+    held_out = stream[: 60 * PRETRAINING.length + 1].unfold(0, PRETRAINING.length + 1, PRETRAINING.length)
     pretrain.pretrain(model, ids, PRETRAINING, work, held_out)
     target = Target(model, tokenizer, TargetSettings())
     questions = [

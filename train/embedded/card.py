@@ -7,11 +7,20 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ...data.corpus import KINDS, Example, examples, functions, standard_library
+from ...data.corpus import (
+    KINDS,
+    RESEMBLES_HELD_OUT,
+    RESEMBLES_TRAINING,
+    Example,
+    examples,
+    functions,
+    standard_library,
+)
 from ...models.repeats import repeated_rate
 from ...models.target import Target
 from .corpus import render
@@ -64,13 +73,13 @@ def measure(target: Target, chosen: list[Example], max_new_tokens: int = 160) ->
         real.append(answer[:max_new_tokens])
     repeated, finished, entropy = {}, {}, math.nan
     for temperature in TEMPERATURES:
-        answers = target.generate(prompts, [temperature] * len(prompts), max_new_tokens, seeds=list(range(len(prompts))))
+        answers = target.generate(
+            prompts, [temperature] * len(prompts), max_new_tokens, seeds=list(range(len(prompts)))
+        )
         repeated[temperature] = repeated_rate([answer.ids for answer in answers])
         finished[temperature] = sum(answer.finished for answer in answers) / len(answers)
     entropy = _entropy(target, prompts, [answer.ids for answer in answers])
-    return Quality(
-        len(chosen), nats / size, nats / tokens, entropy, repeated, repeated_rate(real), finished
-    )
+    return Quality(len(chosen), nats / size, nats / tokens, entropy, repeated, repeated_rate(real), finished)
 
 
 def _entropy(target: Target, prompts: list[list[int]], answers: list[list[int]]) -> float:
@@ -82,12 +91,12 @@ def _entropy(target: Target, prompts: list[list[int]], answers: list[list[int]])
     return total / count
 
 
-def write(path: Path, quality: Quality, facts: dict, pretraining: Recipe, refinement: Refinement) -> None:
+def write(path: Path, quality: Quality, facts: dict[str, Any], pretraining: Recipe, refinement: Refinement) -> None:
     """Write the model card: what it is, what it was trained on, how good it is, how to rebuild it."""
     batch = pretraining.batch * pretraining.length
     steps = pretraining.stable_steps + pretraining.decay_steps
     functions_by_source: Counter[str] = Counter(dict(facts["functions"]))
-    dropped = {name: functions_by_source.pop(name) for name in list(functions_by_source) if name.startswith("dropped")}
+    held_out, training = (functions_by_source.pop(reason, 0) for reason in (RESEMBLES_HELD_OUT, RESEMBLES_TRAINING))
     repeats = " | ".join(f"{quality.repeated[t]:.1%}" for t in TEMPERATURES)
     ended = " | ".join(f"{quality.finished[t]:.0%}" for t in TEMPERATURES)
     path.write_text(f"""# The embedded target
@@ -123,7 +132,7 @@ figure also without the rounds that lie inside repeated 8-grams.
 {facts["conversations"]:,} conversations ({facts["bytes"] / 1e6:.0f} MB) made by `data/corpus.py` from functions of the Python 3.11
 standard library and of the packages pinned, with their licences, in `train/embedded/packages.txt`. The split is by
 top-level module. Functions that share more than 20% of their 8-word runs with held-out ones were dropped
-({dropped.get("dropped: resembles a held-out function", 0):,}), as were near-duplicates among the rest ({dropped.get("dropped: resembles a training function", 0):,}).
+({held_out:,}), as were near-duplicates among the rest ({training:,}).
 
 {steps:,} steps of {batch:,} tokens ({steps * batch / 1e6:.0f} M tokens, less than one pass), Muon and AdamW, bf16 autocast on two CPU cores;
 then {refinement.steps} steps of unlikelihood training on its own greedy answers to training questions (arXiv 1908.04319), which

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ...data.corpus import Example, Function, Novelty, digest, examples, functions, source_files, split_of
+from ...data.corpus import Example, Function, Screen, digest, examples, functions, source_files, split_of
 from ...data.corpus import standard_library as standard_library_files
 
 VOCABULARY = 2048
@@ -41,8 +41,6 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif %}"
 )
 
-HELD_OUT_OVERLAP = 0.2  # a training function may share this share of its 8-word runs with held-out functions
-TRAINING_OVERLAP = 0.5  # and this share with training functions before it
 STANDARD_LIBRARY_PASSES = 2
 
 
@@ -54,28 +52,18 @@ def conversations(packages: Path, seed: int = 0) -> tuple[list[Example], Counter
         seed: the order of the examples.
     """
     library = list(functions(standard_library_files()))
-    held_out, seen = Novelty(HELD_OUT_OVERLAP), Novelty(TRAINING_OVERLAP)
-    for function in library:
-        if split_of(function.module) != "train":
-            held_out.add(_text(function))
+    screen = Screen(library)
     counts: Counter[str] = Counter()
     kept: list[Example] = []
     training = [(function, "stdlib") for function in library if split_of(function.module) == "train"]
     training += [(function, function.module.partition(".")[0]) for function in functions(source_files(packages))]
     for function, package in training:
-        if held_out.resembles(_text(function)):
-            counts["dropped: resembles a held-out function"] += 1
-        elif not seen.accept(_text(function)):
-            counts["dropped: resembles a training function"] += 1
-        else:
-            counts[package] += 1
+        refusal = screen.refusal(function)
+        counts[refusal or package] += 1
+        if refusal is None:
             kept.extend(_library_examples(function) if package == "stdlib" else _package_examples(function))
     random.Random(seed).shuffle(kept)
     return kept, counts
-
-
-def _text(function: Function) -> str:
-    return f"{function.body}\n{function.docstring}"
 
 
 def _library_examples(function: Function) -> Iterator[Example]:

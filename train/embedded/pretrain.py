@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from . import forward
+from .muon import Muon
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,9 @@ class Recipe:
 
     stable_steps: int
     decay_steps: int
-    batch: int = 16
-    micro: int = 8
-    length: int = 512
+    batch: int = 10
+    micro: int = 5
+    length: int = 768
     warmup_steps: int = 100
     muon_lr: float = 6e-3
     adam_lr: float = 3e-3
@@ -84,13 +87,13 @@ def initialise(config: Llama4TextConfig, seed: int) -> Llama4ForCausalLM:
 
 
 def optimisers(model: Llama4ForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the two-dimensional weights inside the layers, AdamW for embedding, norms, routers and expert stacks."""
+    """Muon for the matrices inside the layers, experts included; AdamW for embedding, norms and routers."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_muon = [p for name, p in named if p.ndim == 2 and "embed" not in name and "router" not in name]
+    by_muon = [p for name, p in named if p.ndim > 1 and "embed" not in name and "router" not in name]
     matrices = {id(p) for p in by_muon}
     rest = [p for _, p in named if id(p) not in matrices]
     decay = recipe.weight_decay
-    muon = torch.optim.Muon(by_muon, lr=recipe.muon_lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(by_muon, lr=recipe.muon_lr, weight_decay=decay)
     adam = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.ndim > 1], "weight_decay": decay},
@@ -113,20 +116,26 @@ def batch_of(ids: np.ndarray, recipe: Recipe, step: int) -> Tensor:
     return torch.stack([window[i * recipe.length : (i + 1) * recipe.length + 1] for i in range(recipe.batch)])
 
 
+def precision() -> AbstractContextManager[Any]:
+    """Multiply in bfloat16 where the processor has units for it: emulated, it is fifty times as slow as float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+
+
 def loss_of(model: Llama4ForCausalLM, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Mean next-token cross-entropy in nats, and the mean load-balancing loss of the MoE layers."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with precision():
         states, balance = forward.hidden_states(model, ids_BT[:, :-1])
         logits = F.linear(states, model.model.embed_tokens.weight)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
-    return loss, balance / len(model.config.moe_layers)
+    moe_layers = sum(layer.is_moe_layer for layer in model.model.layers)
+    return loss, balance / moe_layers
 
 
 def pretrain(model: Llama4ForCausalLM, ids: np.ndarray, recipe: Recipe, folder: Path, held_out: Tensor) -> None:
     """Train ``model`` in place; a checkpoint every 100 steps in ``folder``, resumed from when it is there.
 
     Args:
-        model: fp32; multiplied in bf16 under autocast.
+        model: fp32; see :func:`precision` for what it is multiplied in.
         ids: the training stream.
         recipe: the schedule; a run interrupted in its stable phase may go on under a longer or shorter one.
         folder: where ``state.pt`` and ``metrics.jsonl`` go.
@@ -134,20 +143,20 @@ def pretrain(model: Llama4ForCausalLM, ids: np.ndarray, recipe: Recipe, folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     state, log = folder / "state.pt", folder / "metrics.jsonl"
-    both, step = optimisers(model, recipe), 0
+    both, done = optimisers(model, recipe), 0
     if state.exists():
         saved = torch.load(state)
         model.load_state_dict(saved["model"])
         for optimiser, was in zip(both, saved["optimisers"], strict=True):
             optimiser.load_state_dict(was)
-        step = saved["step"]
+        done = saved["step"]
     else:
         log.write_text(json.dumps({"recipe": asdict(recipe)}) + "\n")
     forward.compile_blocks()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     started, total = time.time(), recipe.stable_steps + recipe.decay_steps
     micros, seen = recipe.batch // recipe.micro // world, 0
-    for step in range(step, total):
+    for step in range(done, total):
         for optimiser in both:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * recipe.scale(step)

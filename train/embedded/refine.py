@@ -21,7 +21,7 @@ from transformers import Llama4ForCausalLM
 
 from ...models.repeats import repeated, repeated_rate
 from . import forward
-from .pretrain import average_gradients, loss_of
+from .pretrain import average_gradients, loss_of, precision
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
 
@@ -69,7 +69,9 @@ def refine(
             (recipe.unlikelihood * penalty).backward()
         start = len(ids) - 1 - (turn + 1) * window
         rows = torch.from_numpy(ids[start : start + window + 1].astype(np.int64))
-        loss, _ = loss_of(model, torch.stack([rows[i : i + recipe.length + 1] for i in range(0, window, recipe.length)]))
+        loss, _ = loss_of(
+            model, torch.stack([rows[i : i + recipe.length + 1] for i in range(0, window, recipe.length)])
+        )
         loss.backward()
         average_gradients(model, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,7 +93,7 @@ def _unlikelihood(model: Llama4ForCausalLM, prompts: list[list[int]], answers: l
     ]
     if not rows:
         return None
-    chunk = model.config.attention_chunk_size
+    chunk: int = model.config.to_dict()["attention_chunk_size"]
     length = max(len(ids) for ids, _ in rows) - 1
     length += -length % chunk if length > chunk else 0
     ids_BT = torch.zeros(len(rows), length + 1, dtype=torch.long)
@@ -99,7 +101,7 @@ def _unlikelihood(model: Llama4ForCausalLM, prompts: list[list[int]], answers: l
     for row, (ids, marks) in enumerate(rows):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         marks_BT[row, : len(marks)] = torch.tensor(marks)
-    with torch.autocast("cpu", torch.bfloat16):
+    with precision():
         states_BTH, _ = forward.hidden_states(model, ids_BT[:, :-1])
         at = marks_BT[:, 1:]
         logits = F.linear(states_BTH[at], model.model.embed_tokens.weight).float()

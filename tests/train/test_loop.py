@@ -1,0 +1,237 @@
+"""The trainer on a tiny store: it learns, keeps the best head, resumes exactly, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3.configs.errors import Incomplete, Interrupted, UserError
+from eagle3.configs.settings import Settings
+from eagle3.data.store import Store
+from eagle3.models.checkpoint import load_draft
+from eagle3.train import checkpoint, loop
+from eagle3.train.validate import Tally, validation_parts
+
+TIMING = {"tokens_per_s"}
+
+
+def lines_of(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_draft(run_dir / "draft").state_dict()
+
+
+@pytest.fixture(scope="module")
+def trained(short: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained without an interruption."""
+    run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "run"))
+    loop.train(short, run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``stopping(3)``: the process gets SIGTERM while it takes step 3."""
+
+    def stop_at(step: int) -> None:
+        take = loop.Trainer._step
+
+        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
+            if batch.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return take(trainer, batch)
+
+        monkeypatch.setattr(loop.Trainer, "_step", stepping)
+
+    return stop_at
+
+
+def test_it_learns_and_keeps_the_best_head(short: Settings, trained: Path) -> None:
+    lines = lines_of(trained)
+    steps = [line for line in lines if "loss" in line]
+    checks = {line["step"]: line["validation"] for line in lines if "validation" in line}
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert list(checks) == [0, *range(4, len(steps), 4), len(steps)][: len(checks)]
+    done = json.loads((trained / "train" / "done.json").read_text())
+    best = max(checks, key=lambda step: checks[step]["acceptance_length"])
+    assert done["step"] == best
+    assert done["steps"] == len(steps)
+    assert round(done["acceptance_length"], 4) == checks[best]["acceptance_length"]
+    draft = load_draft(trained / "draft")
+    store = Store(trained / "store")
+    assert draft.config.target_layers == tuple(store.manifest.target["layers"])
+    assert torch.equal(draft.draft_ids, store.draft_vocabulary(short.draft.vocab_size).ids)
+    noted = json.loads((trained / "draft" / "config.json").read_text())
+    assert noted["eagle3_training"]["step"] == best
+    assert noted["eagle3_target"]["weights_sha256"] == store.manifest.target["weights_sha256"]
+
+
+def test_only_the_newest_checkpoints_stay(short: Settings, trained: Path) -> None:
+    kept = checkpoint.checkpoints(trained / "train" / "checkpoints")
+    last = json.loads((trained / "train" / "done.json").read_text())["steps"]
+    assert len(kept) == short.train.keep_checkpoints
+    assert checkpoint.step_of(kept[-1]) == last
+
+
+def test_a_trained_run_is_left_alone(short: Settings, trained: Path) -> None:
+    before = (trained / "train" / "metrics.jsonl").stat().st_mtime_ns
+    loop.train(short, trained)
+    assert (trained / "train" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_stopped_run_goes_on_to_the_same_head(
+    short: Settings, trained: Path, run_dir: Path, stopping: Callable[[int], None], step: int
+) -> None:
+    stopping(step)
+    with pytest.raises(Interrupted, match=f"step {step} of .* is saved; resume with: eagle3 train .*config.yaml"):
+        loop.train(short, run_dir)
+    stopping(-1)
+    loop.train(short, run_dir)
+    assert lines_of(run_dir) == lines_of(trained)
+    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    short: Settings, trained: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 5 and 6 are taken twice; a line that was being written is cut off."""
+    with monkeypatch.context() as patch:
+        take = loop.Trainer._step
+
+        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
+            if batch.step == 7:
+                raise KeyboardInterrupt
+            return take(trainer, batch)
+
+        patch.setattr(loop.Trainer, "_step", stepping)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(short, run_dir)
+    with (run_dir / "train" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    loop.train(short, run_dir)
+    assert lines_of(run_dir) == lines_of(trained)
+    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+def test_accumulated_micro_batches_are_the_batch(short: Settings, trained: Path, run_dir: Path) -> None:
+    """Three micro-batches, of which the last of an epoch may be empty."""
+    loop.train(replace(short, train=replace(short.train, accumulation=3)), run_dir)
+    for ours, whole in zip(lines_of(run_dir), lines_of(trained), strict=True):
+        if "loss" in whole:
+            assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+            assert ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(
+    short: Settings, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losing(self: loop.TrainingTimeTest, batch: object) -> object:
+        trained = forward(self, batch)
+        return trained._replace(loss=trained.loss * math.nan) if self.training else trained
+
+    forward = loop.TrainingTimeTest.forward
+    monkeypatch.setattr(loop.TrainingTimeTest, "forward", losing)
+    with pytest.raises(Incomplete, match=r"the loss of step 1 is nan; its batch begins with train-\d+"):
+        loop.train(short, run_dir)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "setting"),
+    [
+        ("train", {"epochs": 9}, "train.epochs"),
+        ("draft", {"intermediate_size": 64}, "draft.intermediate_size"),
+        ("run", {"seed": 9}, "run.seed"),
+    ],
+)
+def test_changed_settings_are_refused(
+    short: Settings, trained: Path, section: str, values: dict[str, int], setting: str
+) -> None:
+    other = replace(short, **{section: replace(getattr(short, section), **values)})
+    with pytest.raises(UserError, match=f"{setting} = .*was made with.*set it back"):
+        loop.train(other, trained)
+
+
+def test_how_a_run_is_kept_and_logged_may_change(short: Settings, trained: Path) -> None:
+    loop.train(replace(short, train=replace(short.train, keep_checkpoints=1, accumulation=2)), trained)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("draft", {"vocab_size": 1 << 20}, "draft.vocab_size = 1048576: the target has a vocabulary of"),
+        ("draft", {"num_kv_heads": 3}, "draft.num_kv_heads = 3: it does not divide the 4 heads"),
+        ("target", {"layers": (0, 1, 2)}, r"target.layers = \[0, 1, 2\]: .* was recorded with \[1, 3, 4\]"),
+        ("target", {"path": "another"}, "target.path = another: .* was recorded with"),
+    ],
+)
+def test_what_does_not_fit_the_store_is_refused(
+    short: Settings, run_dir: Path, section: str, values: dict[str, object], message: str
+) -> None:
+    other = replace(short, **{section: replace(getattr(short, section), **values)})
+    with pytest.raises(UserError, match=message):
+        loop.train(other, run_dir)
+
+
+def test_there_is_nothing_to_train_on_without_a_store(short: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="run eagle3 record first"):
+        loop.train(short, tmp_path)
+
+
+def test_offline_tracking_leaves_a_record(short: Settings, run_dir: Path) -> None:
+    loop.train(replace(short, train=replace(short.train, epochs=1, tracker="offline")), run_dir)
+    assert list((run_dir / "wandb").glob("offline-run-*"))
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(short: Settings) -> None:
+    chosen = replace(short.train, warmup=0.1, learning_rate=1.0)
+    rates = [loop.learning_rate(step, 100, chosen) for step in range(101)]
+    assert rates[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+
+
+def parts(ranks: int, count: int = 37) -> Iterator[list[tuple[int, ...]]]:
+    lengths = [(7 * index) % 23 for index in range(count)]
+    return (validation_parts(range(count), lengths, rank, ranks) for rank in range(ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 40])
+def test_every_rank_validates_as_often_as_the_others(ranks: int) -> None:
+    """Under ZeRO-3 a forward is a collective."""
+    found = list(parts(ranks))
+    assert len({len(mine) for mine in found}) == 1
+    assert sorted(index for mine in found for part in mine for index in part) == list(range(37))
+
+
+def test_validation_does_not_depend_on_how_it_is_shared(short: Settings, trained: Path) -> None:
+    store = Store(trained / "store")
+    draft = load_draft(trained / "draft")
+    head = store.head()
+    module = loop.TrainingTimeTest(draft, head.embedding, head.lm_head, short.train)
+    found = []
+    for ranks in (1, 3):
+        tally = Tally(short.train.ttt_steps, 2)
+        for rank in range(ranks):
+            for part in validation_parts(store.indices("validation"), store.lengths(), rank, ranks):
+                batch = loop.collate(loop.load(store, part))
+                with torch.no_grad():
+                    tally.add(batch, module(batch))
+        found.append(tally.result())
+    assert found[0].rounds == found[1].rounds > 0
+    assert found[0].accuracy == found[1].accuracy
+    assert found[0].acceptance_length == found[1].acceptance_length
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)

@@ -1,0 +1,70 @@
+"""Draft, rollout and objective as one module with one forward, which is what DeepSpeed and DDP wrap."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..configs.errors import UserError
+from ..configs.settings import DraftSettings, TrainSettings
+from ..data.store import Store
+from ..models.draft import DraftConfig, Eagle3Draft
+from ..models.rollout import RolloutBatch, StepOutput, rollout
+from .objective import StepResult, objective, weighted
+
+
+class Trained(NamedTuple):
+    """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step."""
+
+    loss: Tensor
+    outputs: list[StepOutput]
+    results: list[StepResult]
+
+
+class TrainingTimeTest(nn.Module):
+    """What is trained.
+
+    The target's embedding and LM head are constants ``[V, H]``: they are neither parameters, so nothing shards or
+    optimises them, nor buffers, so no checkpoint holds them.
+    """
+
+    def __init__(self, draft: Eagle3Draft, embedding: Tensor, lm_head: Tensor, settings: TrainSettings) -> None:
+        super().__init__()
+        self.draft, self.settings = draft, settings
+        self._constants = (embedding, lm_head)
+
+    def forward(self, batch: RolloutBatch) -> Trained:
+        """The rollout of ``batch`` and its loss."""
+        embedding, lm_head = self._constants
+        outputs = rollout(self.draft, embedding, batch, self.settings.ttt_steps)
+        results = objective(self.draft, outputs, batch, lm_head, self.settings.objective)
+        return Trained(weighted(results, self.settings.step_decay), outputs, results)
+
+
+def draft_config(chosen: DraftSettings, store: Store) -> DraftConfig:
+    """The head's shape: the recipe's, and the target's where the recipe says nothing.
+
+    Raises:
+        UserError: key/value heads that do not divide the heads.
+    """
+    target = store.manifest.target
+    config = DraftConfig(
+        hidden_size=target["hidden_size"],
+        intermediate_size=chosen.intermediate_size,
+        num_heads=chosen.num_heads or target["num_heads"],
+        num_kv_heads=chosen.num_kv_heads or target["num_kv_heads"],
+        head_dim=chosen.head_dim or target["head_dim"],
+        vocab_size=target["vocab_size"],
+        draft_vocab_size=chosen.vocab_size,
+        target_layers=tuple(target["layers"]),
+        rms_norm_eps=target["rms_norm_eps"],
+        rope_theta=chosen.rope_theta or target["rope_theta"],
+        max_positions=target["max_positions"],
+        fc_norm=chosen.fc_norm,
+        norm_output=chosen.norm_output,
+    )
+    if config.num_heads % config.num_kv_heads:
+        problem = f"it does not divide the {config.num_heads} heads"
+        raise UserError("draft.num_kv_heads", config.num_kv_heads, problem, "give a divisor of draft.num_heads")
+    return config
