@@ -34,9 +34,14 @@ class Estimate(NamedTuple):
     high: float
 
     @property
-    def ci95(self) -> list[float]:
+    def json(self) -> float | None:
+        """The figure as report.json holds it, which knows no NaN."""
+        return _json(self.value)
+
+    @property
+    def ci95(self) -> list[float | None]:
         """The interval as report.json holds it."""
-        return [self.low, self.high]
+        return [_json(self.low), _json(self.high)]
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,11 @@ def warnings(found: Sequence[dict[str, Any]]) -> list[str]:
     said = []
     for entry in found:
         where = f"{entry['category'] or 'all prompts'} at T={entry['temperature']:g}"
-        if entry["speedup_ci95"][0] > entry["acceptance_length"]:
+        low, length = entry["speedup_ci95"][0], entry["acceptance_length"]
+        if low is not None and length is not None and low > length:
             said.append(
-                f"{where}: the speed-up's interval {entry['speedup_ci95'][0]:.2f}..{entry['speedup_ci95'][1]:.2f} lies above "
-                f"the acceptance length {entry['acceptance_length']:.2f}: an error in the measurement"
+                f"{where}: the speed-up's interval, from {low:.2f} on, lies above the acceptance length {length:.2f}: "
+                "an error in the measurement"
             )
         lossless = entry["losslessness"]
         if lossless and lossless["diverged"] and entry["category"] is None:
@@ -180,9 +186,7 @@ def warnings(found: Sequence[dict[str, Any]]) -> list[str]:
     return said
 
 
-def _result(
-    traces: list[Trace], evaluation: dict[str, Any], temperature: float, source: str | None
-) -> dict[str, Any]:
+def _result(traces: list[Trace], evaluation: dict[str, Any], temperature: float, source: str | None) -> dict[str, Any]:
     settings = evaluation["settings"]
     every, fresh, rates = acceptance(traces), acceptance(traces, "without repeats"), speed(traces)
     fast = [trace for trace in traces if trace.mode == SPECULATIVE]
@@ -211,12 +215,12 @@ def _result(
         "repeated_tokens": sum(sum(trace.repeated) for trace in fast) / sum(len(trace.ids) for trace in fast),
         "ttft_s": rates.ttft_s,
         "baseline_ttft_s": rates.baseline_ttft_s,
-        "tps_per_user": rates.tps_per_user.value,
+        "tps_per_user": rates.tps_per_user.json,
         "tps_per_user_ci95": rates.tps_per_user.ci95,
         "tps_per_user_e2e": rates.tps_per_user_e2e,
-        "baseline_tps_per_user": rates.baseline_tps_per_user.value,
+        "baseline_tps_per_user": rates.baseline_tps_per_user.json,
         "baseline_tps_per_user_ci95": rates.baseline_tps_per_user.ci95,
-        "speedup": rates.speedup.value,
+        "speedup": rates.speedup.json,
         "speedup_ci95": rates.speedup.ci95,
         "losslessness": losslessness(traces),
     }
@@ -227,12 +231,12 @@ def _acceptance_fields(counted: Acceptance) -> dict[str, Any]:
         "rounds": counted.rounds,
         "drafted": counted.drafted,
         "accepted": counted.accepted,
-        "acceptance_rate": counted.rate,
-        "acceptance_length": counted.length.value,
+        "acceptance_rate": _json(counted.rate),
+        "acceptance_length": counted.length.json,
         "acceptance_length_ci95": counted.length.ci95,
-        "acceptance_by_position": [position.value for position in counted.by_position],
+        "acceptance_by_position": [position.json for position in counted.by_position],
         "acceptance_by_position_ci95": [position.ci95 for position in counted.by_position],
-        "conditional_acceptance_by_position": counted.conditional,
+        "conditional_acceptance_by_position": [_json(rate) for rate in counted.conditional],
     }
 
 
@@ -251,6 +255,10 @@ def _after_first(traces: Sequence[Trace]) -> tuple[np.ndarray, np.ndarray]:
 def _resamples(count: int) -> np.ndarray:
     """``[RESAMPLES, count]`` indices of prompts drawn with replacement; the same ones in every call."""
     return np.random.default_rng(0).integers(0, max(count, 1), (RESAMPLES, count))
+
+
+def _json(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _divide(above: np.ndarray | np.float64, below: np.ndarray | np.float64) -> Any:

@@ -21,7 +21,7 @@
 * ``lossless``: at T=0, on speculative answers, the comparison with the baseline: ``{"equal": true, "position": null,
   "gap": null}``, or the first differing position and the target's top-2 logit gap there; a gap below 1e-4 is a tie.
 
-Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "settings": {"chain": 5, "temperatures":
+Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"chain": 5, "temperatures":
 [...], "prompts": 48, "max_new_tokens": 128, "sampling": "sampled", "dtype": "float32"}, "seed": 0, "batch": 1,
 "engine": "...", "target": {...}, "draft": {...}, "environment": {...}}``.
 """
@@ -29,14 +29,17 @@ Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "se
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data.files import encode_line
 
 BASELINE, SPECULATIVE = "baseline", "speculative"
+UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character yet
 TIE = 1e-4  # top-2 logit gap below which either token is greedy decoding's
 
 
@@ -112,13 +115,31 @@ class Trace:
 
 
 def read_traces(path: Path) -> list[Trace]:
-    """All traces of a finished evaluation, in the order in which they were decoded."""
-    return list(complete_lines(path))
-
-
-def complete_lines(path: Path) -> Iterator[Trace]:
-    """The traces that were written to their end; a last line without its newline was torn by a crash."""
+    """All traces of an evaluation, in the order in which they were decoded."""
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield Trace.from_line(line)
+        return [Trace.from_line(line) for line in file]
+
+
+def resume(path: Path) -> int:
+    """How many pairs of answers ``path`` holds; what a crash left behind the last whole pair is cut off."""
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+        pairs = len(lines) // 2
+        file.truncate(sum(len(line) for line in lines[: 2 * pairs]))
+    return pairs
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; bytes of an unfinished character wait for the token that finishes it."""
+    found: list[str] = []
+    before = ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith(UNFINISHED) and end < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(before) :])
+        before = text
+    return found

@@ -1,0 +1,247 @@
+"""From the raw data of an evaluation to report.json, report.md and report.html, and several reports side by side.
+
+    eagle3 report runs/tiny runs/mine
+
+Nothing is decoded here: all follows from ``eval/traces.jsonl`` and ``eval/eval.json`` (see :mod:`.traces`), so a report
+can be made again at any time. Training log, prompts and recipe of the run are shown where they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..configs.errors import UserError
+from ..data.conversations import read_conversations
+from ..data.files import encode_json, read_lines, write_atomic
+from ..models.repeats import repeated_rate
+from .markdown import render_markdown
+from .metrics import acceptance, results, warnings
+from .page import Material, render_page
+from .tables import (
+    circumstances,
+    conditions,
+    diverged,
+    length_of,
+    markdown_table,
+    overall,
+    percent,
+    speedup_of,
+    temperature_name,
+    text_table,
+    tps,
+)
+from .traces import BASELINE, SPECULATIVE, Trace, read_traces
+
+SCHEMA = 1
+REPEATING = 0.2  # share of repeated 8-grams from which on a report warns
+Json = dict[str, Any]
+
+
+class Evaluation(NamedTuple):
+    """``eval.json`` and ``traces.jsonl`` of a run."""
+
+    description: Json
+    traces: list[Trace]
+
+
+def write_report(run_dir: Path) -> Json:
+    """Write ``eval/report.json``, ``.md`` and ``.html`` of a run; returns what report.json holds.
+
+    Raises:
+        UserError: the run has no complete evaluation, or one that is damaged.
+    """
+    evaluation = _read_evaluation(run_dir)
+    report = build_report(run_dir, evaluation)
+    recipe = run_dir / "config.yaml"
+    material = Material(
+        traces=evaluation.traces,
+        curve=_read_curve(run_dir / "train" / "metrics.jsonl"),
+        prompts=_count_prompts(run_dir / "conversations" / "prompts.jsonl"),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
+    )
+    folder = run_dir / "eval"
+    write_atomic(folder / "report.md", render_markdown(report).encode())
+    write_atomic(folder / "report.html", render_page(report, material).encode())
+    write_atomic(folder / "report.json", encode_json(report))
+    return report
+
+
+def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
+    """What report.json holds: schema 1, and beside it ``command``, ``simulated`` and figures without repeats."""
+    description, traces = evaluation
+    found = results(traces, description)
+    for entry in found:
+        answers = [t.ids for t in _speculative(traces, entry["temperature"]) if entry["category"] in (None, t.source)]
+        entry["repeated_ngram_rate"] = repeated_rate(answers)
+    name = run_dir.resolve().name
+    trained = _trained(run_dir / "draft" / "config.json")
+    return {
+        "schema": SCHEMA,
+        "run": name,
+        "target": description["target"],
+        "draft": description["draft"] | ({"training": trained} if trained else {}),
+        "environment": description["environment"],
+        "results": found,
+        "warnings": warnings(found) + _cautions(found),
+        "simulated": _simulated(trained, evaluation),
+        "command": f"eagle3 run {shlex.quote(str(run_dir / 'config.yaml'))} run.name={shlex.quote(f'{name}-again')}",
+    }
+
+
+def summary_table(report: Json) -> str:
+    """The figures over all prompts as plain text, for a terminal."""
+    header = ("T", "AL [95%]", "without repeats", "accepted", "TPS/user", "speed-up [95%]", "diverged")
+    rows = [
+        (
+            f"{entry['temperature']:g}",
+            length_of(entry),
+            length_of(entry["without_repeats"]),
+            percent(entry["acceptance_rate"]),
+            tps(entry),
+            speedup_of(entry),
+            diverged(entry),
+        )
+        for entry in overall(report)
+    ]
+    said = [f"warning: {warning}" for warning in report["warnings"]]
+    return "\n".join([f"{report['run']}: {conditions(report)}", text_table(header, rows), *said])
+
+
+def compare(run_dirs: Sequence[Path]) -> str:
+    """The reports of several runs side by side, as a Markdown table that is aligned as it stands.
+
+    Raises:
+        UserError: a run without report.
+    """
+    reports = [_read_report(run_dir) for run_dir in run_dirs]
+    names = [report["run"] for report in reports]
+    header = [str(path) if names.count(name) > 1 else name for path, name in zip(run_dirs, names, strict=True)]
+    settings = [_settings(report) for report in reports]
+    rows = [[name, *(values[name] for values in settings)] for name in settings[0]]
+    differing = [row[0] for row in rows if len(set(row[1:])) > 1]
+    for temperature in sorted({entry["temperature"] for report in reports for entry in overall(report)}):
+        at = [_at(report, temperature) for report in reports]
+        for name, write in (
+            ("AL", length_of),
+            ("AL without repeats", lambda entry: length_of(entry["without_repeats"])),
+            ("acceptance rate", lambda entry: percent(entry["acceptance_rate"])),
+            ("TPS/user", tps),
+            ("speed-up", speedup_of),
+            ("diverged", diverged),
+        ):
+            rows.append([f"{temperature_name(temperature)} {name}", *(write(entry) if entry else "" for entry in at)])
+    said = [f"\nNot like with like: the runs differ in {', '.join(differing)}."] if differing else []
+    return "\n".join([markdown_table(["", *header], rows), *said])
+
+
+def _settings(report: Json) -> dict[str, str]:
+    """Everything that must be the same where figures of several runs are compared."""
+    target, machine = report["target"], report["environment"]
+    return {
+        "target": f"{target['name']} ({target['weights_sha256'][:8]})",
+        **circumstances(report),
+        "machine": f"{machine['processor']}, {machine['device']}, {machine['threads']} threads",
+    }
+
+
+def _at(report: Json, temperature: float) -> Json | None:
+    return next((entry for entry in overall(report) if entry["temperature"] == temperature), None)
+
+
+def _read_report(run_dir: Path) -> Json:
+    path = run_dir / "eval" / "report.json"
+    report = _read_json(path, "run `eagle3 run` or `eagle3 eval` first")
+    if report.get("schema") != SCHEMA:
+        raise UserError("report", path, f"its schema is {report.get('schema')} and not {SCHEMA}", "make it again")
+    return report
+
+
+def _read_evaluation(run_dir: Path) -> Evaluation:
+    folder = run_dir / "eval"
+    description = _read_json(folder / "eval.json", "run `eagle3 run` or `eagle3 eval` first, to its end")
+    path = folder / "traces.jsonl"
+    remedy = f"delete {folder} and run `eagle3 eval`"
+    try:
+        traces = read_traces(path)
+    except OSError as error:
+        raise UserError("report", path, f"it cannot be read ({error.strerror})", remedy) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("report", path, f"it is damaged ({error})", remedy) from None
+    sides = Counter(trace.mode for trace in traces)
+    if not traces or len({trace.key for trace in traces}) < len(traces) or sides[BASELINE] != sides[SPECULATIVE]:
+        raise UserError("report", path, f"it does not hold pairs of answers ({dict(sides)})", remedy)
+    return Evaluation(description, traces)
+
+
+def _read_json(path: Path, remedy: str) -> Json:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError("report", path, "there is no such file", remedy) from None
+    except (OSError, ValueError) as error:
+        raise UserError("report", path, f"it cannot be read ({error})", remedy) from None
+    if not isinstance(found, dict):
+        raise UserError("report", path, "it is no JSON object", remedy)
+    return found
+
+
+def _read_curve(path: Path) -> list[Json]:
+    return [line for _, line in read_lines(path, "train")] if path.exists() else []
+
+
+def _count_prompts(path: Path) -> dict[str, dict[str, int]]:
+    """Prompts by source and split."""
+    counts: dict[str, dict[str, int]] = {}
+    for conversation in read_conversations(path) if path.exists() else []:
+        by_split = counts.setdefault(conversation.source, {})
+        by_split[conversation.split] = by_split.get(conversation.split, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def _trained(path: Path) -> Json:
+    """What the trainer noted in the draft's config; nothing where another tool has written it."""
+    found: Json = json.loads(path.read_bytes()).get("eagle3_training", {}) if path.exists() else {}
+    return found
+
+
+def _simulated(trained: Json, evaluation: Evaluation) -> Json | None:
+    """The simulated acceptance length beside the decoded one that counts the same rounds, where both exist."""
+    greedy = _speculative(evaluation.traces, 0.0)
+    if not greedy or trained.get("chain") != evaluation.description["settings"]["chain"]:
+        return None
+    length = acceptance(greedy, "whole").length
+    return {
+        "acceptance_length": trained["acceptance_length"],
+        "chain": trained["chain"],
+        "split": "validation",
+        "decoded_acceptance_length": length.json,
+        "decoded_acceptance_length_ci95": length.ci95,
+    }
+
+
+def _speculative(traces: Sequence[Trace], temperature: float) -> list[Trace]:
+    return [trace for trace in traces if trace.mode == SPECULATIVE and trace.temperature == temperature]
+
+
+def _cautions(found: Sequence[Json]) -> list[str]:
+    """What is no error, but must be known before figures over all prompts are quoted."""
+    said = []
+    for entry in found:
+        where = f"all prompts at {temperature_name(entry['temperature'])}"
+        if entry["category"] is not None:
+            continue
+        if entry["repeated_ngram_rate"] > REPEATING:
+            share = percent(entry["repeated_ngram_rate"])
+            said.append(
+                f"{where}: {share} of the 8-grams repeat an earlier one of their answer; "
+                "read the figures without repeats"
+            )
+        high = entry["speedup_ci95"][1]
+        if high is not None and high < 1:
+            said.append(f"{where}: the draft slows the target down")
+    return said
