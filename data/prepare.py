@@ -1,6 +1,6 @@
 """Stage 1: choose the prompts, deal them evenly over their sources, and say what was left out.
 
-eagle3 prepare configs/demo.yaml
+eagle3 prepare configs/tiny.yaml
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage 5: answer the test prompts with the draft and without it, and write down everything that happened.
 
-    eagle3 eval configs/demo.yaml
+    eagle3 eval configs/tiny.yaml
 
 Every prompt is answered at every temperature twice, plainly and speculatively, one right after the other and in turns
 first, so that whatever else the machine does falls on both. Each pair is appended to ``eval/traces.jsonl`` (the format

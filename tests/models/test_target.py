@@ -11,8 +11,15 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
 from eagle3.models.generate import draw
 from eagle3.models.target import Target, check_head, load_target
-from transformers import AutoTokenizer, Llama4Config, Llama4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CHUNK = 16
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -1,11 +1,14 @@
 """The embedded target's recipe: its fast forward is the model's, its corpus keeps held-out modules out."""
 
+import fnmatch
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eagle3.data.corpus import Example
 from eagle3.train.embedded import corpus, forward, pretrain
+from eagle3.train.embedded.muon import Muon
 from transformers import Llama4ForCausalLM
 
 
@@ -40,6 +43,26 @@ def test_every_parameter_learns() -> None:
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+def test_muon_is_torchs_muon_up_to_its_rounding() -> None:
+    """Tall, wide and stacked matrices against torch's own, which rounds to bfloat16 on the way."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (16, 24), (24, 16)]
+    theirs = [torch.nn.Parameter(torch.randn(shape, generator=random)) for shape in shapes]
+    ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs[:2]]
+    ours.append(torch.nn.Parameter(torch.stack([theirs[2].detach()] * 3)))
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5, adjust_lr_fn="match_rms_adamw")
+    optimiser = Muon(ours, lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        for their, our in zip(theirs, ours, strict=True):
+            their.grad = torch.randn(their.shape, generator=random)
+            our.grad = their.grad.expand_as(our).clone()
+        before = [p.detach().clone() for p in theirs]
+        reference.step()
+        optimiser.step()
+        for their, our, was in zip(theirs, ours, before, strict=True):
+            assert (our - their).norm() < 0.05 * (their - was).norm() * (our.numel() / their.numel()) ** 0.5
+
+
 def test_the_schedule_warms_up_holds_and_decays_to_nothing() -> None:
     recipe = pretrain.Recipe(stable_steps=200, decay_steps=100, warmup_steps=10)
     assert [recipe.scale(step) for step in (0, 9, 150, 200, 250, 299)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.01]
@@ -47,15 +70,15 @@ def test_the_schedule_warms_up_holds_and_decays_to_nothing() -> None:
 
 def test_windows_follow_the_stream_and_wrap(tmp_path: Path) -> None:
     recipe = pretrain.Recipe(1, 1, batch=2, length=3)
-    import numpy as np
-
     ids = np.arange(10, dtype=np.uint16)
     assert pretrain.batch_of(ids, recipe, 0).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
     assert pretrain.batch_of(ids, recipe, 1).tolist() == [[6, 7, 8, 9], [9, 0, 1, 2]]
 
 
 def test_the_template_renders_what_training_saw() -> None:
-    example = Example("id", "explain", "json", "train", "What does `f` do?\n\n```python\ndef f(x):\n```", "It  adds\n  1.")
+    example = Example(
+        "id", "explain", "json", "train", "What does `f` do?\n\n```python\ndef f(x):\n```", "It  adds\n  1."
+    )
     tokenizer = corpus.train_tokenizer(iter([corpus.render(example)] * 3))
     messages = [{"role": "user", "content": example.question}, {"role": "assistant", "content": example.answer}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == corpus.render(example)
@@ -66,13 +89,13 @@ def test_the_template_renders_what_training_saw() -> None:
 
 
 def test_functions_like_held_out_ones_are_dropped(tmp_path: Path) -> None:
-    import fnmatch  # a module of the test split
-
     package = tmp_path / "vendoring"
     package.mkdir()
-    (package / "copied.py").write_text(Path(fnmatch.__file__).read_text())
+    (package / "copied.py").write_text(Path(fnmatch.__file__).read_text())  # a module of the test split
     own = "\n".join(f"        total = total * {i} + weights[{i}] - {i * 7}" for i in range(9))
-    (package / "own.py").write_text(f"def mix(weights):\n    total = 0\n    for _ in weights:\n{own}\n    return total\n")
+    (package / "own.py").write_text(
+        f"def mix(weights):\n    total = 0\n    for _ in weights:\n{own}\n    return total\n"
+    )
     chosen, counts = corpus.conversations(tmp_path)
     assert counts["vendoring"] == 1
     assert {e.module for e in chosen if e.module.startswith("vendoring")} == {"vendoring.own"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -199,7 +200,7 @@ def test_the_learning_rate_rises_and_falls_to_nothing(short: Settings) -> None:
     chosen = replace(short.train, warmup=0.1, learning_rate=1.0)
     rates = [loop.learning_rate(step, 100, chosen) for step in range(101)]
     assert rates[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
 

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, Llama4ForCausalLM, PreTrainedTokenizerFast
+from transformers import Llama4ForCausalLM, PreTrainedTokenizerFast
 
 from ...configs.settings import TargetSettings
+from ...data.chat import prompt_ids
+from ...data.conversations import Conversation
 from ...models.target import Target, load_target
 from . import card, corpus, pretrain
 from .refine import Refinement, refine
@@ -45,7 +47,7 @@ def main() -> None:
     if first:
         build_corpus(arguments.packages, arguments.work)
     _wait()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.work / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.work / "tokenizer")
     model = build_model(arguments.work, tokenizer)
     if first:
         save(model, tokenizer, arguments.out)
@@ -88,9 +90,10 @@ def build_model(work: Path, tokenizer: PreTrainedTokenizerFast) -> Llama4ForCaus
     held_out = stream[: 60 * PRETRAINING.length + 1].unfold(0, PRETRAINING.length + 1, PRETRAINING.length)
     pretrain.pretrain(model, ids, PRETRAINING, work, held_out)
     target = Target(model, tokenizer, TargetSettings())
+    asked = json.loads((work / "questions.json").read_text())
     questions = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
-        for q in json.loads((work / "questions.json").read_text())
+        prompt_ids(tokenizer, Conversation("", "", "train", [{"role": "user", "content": question}]))
+        for question in asked
     ]
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
@@ -104,7 +107,7 @@ def build_model(work: Path, tokenizer: PreTrainedTokenizerFast) -> Llama4ForCaus
 
 def save(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write weights (bf16), configuration, tokenizer and chat format as any engine reads them."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     described = folder / "tokenizer_config.json"
     settings = json.loads(described.read_text())

@@ -1,0 +1,93 @@
+"""Real launchers: the same trainer under accelerate, torchrun and DeepSpeed, on two processes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from eagle3.configs import loader
+from eagle3.configs.settings import Settings
+from eagle3.models.checkpoint import load_draft
+from eagle3.train import loop
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2ranks.yaml")]
+LAUNCHERS = {
+    "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", "29611"],
+    **{f"zero{stage}": [*ACCELERATE, "--main_process_port", f"2962{stage}", "--zero_stage", str(stage)] for stage in (1, 2, 3)},
+}  # fmt: skip
+
+
+@pytest.fixture
+def launch(short: Settings, run_dir: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start the trainer on the complete run, in its recipe, by a launcher."""
+    recipe = run_dir.parent / "recipe.yaml"
+    recipe.write_text(loader.dump(short))
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    def start(launcher: list[str], *overrides: str) -> subprocess.Popen[str]:
+        settings = [f"run.root={run_dir.parent}", f"run.name={run_dir.name}", *overrides]
+        command = [*launcher, "-m", "eagle3.train", str(recipe), *settings]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def alone(short: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run trained by one process."""
+    run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("alone") / "run"))
+    loop.train(short, run_dir)
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "train" / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] if "loss" in line else line["validation"]["loss"] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_two_processes_train_what_one_trains(
+    launch: Callable[..., subprocess.Popen[str]], alone: Path, run_dir: Path, name: str
+) -> None:
+    process = launch(LAUNCHERS[name])
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert losses(run_dir) == [pytest.approx(loss, rel=1e-3) for loss in losses(alone)]
+    ours, theirs = load_draft(run_dir / "draft"), load_draft(alone / "draft")
+    assert ours.config == theirs.config
+    assert ours.draft_ids.equal(theirs.draft_ids)
+    assert json.loads((run_dir / "train" / "done.json").read_text())["steps"] == len(losses(alone)) - len(
+        [line for line in (alone / "train" / "metrics.jsonl").read_text().splitlines() if "validation" in line]
+    )
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(
+    launch: Callable[..., subprocess.Popen[str]], alone: Path, run_dir: Path
+) -> None:
+    process = launch(LAUNCHERS["torchrun"], "train.epochs=15")
+    log = run_dir / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and '"step": 3' in log.read_text()):
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert "is saved; resume with: eagle3 train" in said
+    assert process.returncode != 0
+    steps = len(losses(run_dir))
+    again = launch(LAUNCHERS["torchrun"], "train.epochs=15")
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert len(losses(run_dir)) > steps
