@@ -149,7 +149,7 @@ def _attend(query_nNW: Tensor, past: Past, own: list[tuple[Tensor, Tensor]]) -> 
     merged = attended.unflatten(1, (heads, -1)) * weights[0][..., None]
     for weight, (_, values) in zip(weights[1:], own, strict=True):
         merged = merged + weight[..., None] * values[:count, :, None]
-    return merged.flatten(1, 2)
+    return merged.flatten(1, 2).to(attended.dtype)  # the log-sum-exp has widened it
 
 
 class AttendPast(torch.autograd.Function):
