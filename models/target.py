@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
@@ -154,6 +156,8 @@ def load_target(settings: TargetSettings) -> Target:
     """
     if settings.dtype not in DTYPES:
         raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     path = str(EMBEDDED) if settings.path == "embedded" else settings.path
     is_path = Path(path).is_absolute() or path.startswith(".")
     if is_path and not (Path(path) / "config.json").is_file():

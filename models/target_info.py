@@ -107,9 +107,12 @@ def describe(
 def _layers(settings: TargetSettings, count: int) -> tuple[int, ...]:
     """The captured layers: low, middle and high, as the EAGLE-3 paper has them, unless the recipe says otherwise."""
     layers = (1, count // 2 - 1, count - 4) if settings.layers is None else tuple(settings.layers)
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
-        problem = f"not ascending layers of a target that has {count}"
-        raise UserError(
-            "target.layers", list(layers), problem, f"choose different layers from 0 to {count - 1}, ascending"
-        )
+    problem = ""
+    if not layers or list(layers) != sorted(set(layers)):
+        problem = "layers are named once each, ascending"
+    elif layers[0] < 0 or layers[-1] >= count:
+        problem = f"the target has {count} layers"
+    if problem:
+        remedy = f"choose different layers from 0 to {count - 1}, ascending"
+        raise UserError("target.layers", list(layers), problem, remedy)
     return layers

@@ -16,6 +16,8 @@ from ..configs.settings import Settings
 def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
     """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU."""
     cuda, launched = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it would find out by itself
     tracked = settings.train.tracker != "disabled"
     accelerator = Accelerator(
         cpu=not cuda,
