@@ -9,7 +9,7 @@ import pytest
 from eagle3.configs.errors import UserError
 from eagle3.data import conversations
 from eagle3.data.conversations import SPLITS, load_prompts, read_answers, read_finished
-from eagle3.data.corpus import Function, split_of
+from eagle3.data.corpus import RESEMBLES_HELD_OUT, Function, split_of
 
 
 def write(folder: Path, *rows: object) -> Path:
@@ -146,6 +146,6 @@ def test_training_functions_that_resemble_held_out_ones_are_dropped(monkeypatch:
     monkeypatch.setattr(conversations, "standard_library", list)
     monkeypatch.setattr(conversations, "functions", lambda files: iter(everything))
     prompts = conversations.library_prompts()
-    assert prompts.notes[conversations.RESEMBLES_HELD_OUT] == 1
+    assert prompts.notes[RESEMBLES_HELD_OUT] == 1
     assert {c.id.split(":")[1] for c in prompts.conversations} == {"b", "c"}
     assert {c.id.split(":")[1] for c in prompts.conversations if c.split == "test"} == {"b"}
