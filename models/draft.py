@@ -10,7 +10,7 @@ position t; it predicts token t+2. Rotation is NeoX's (halves), whatever the tar
 target's and not part of this module: callers pass embedded tokens. Parameter names are those that engines load.
 
 Shape suffixes: B batch, T new rows, S cached and new rows, N heads, M key/value heads, H hidden, F features, D draft
-vocabulary, V vocabulary, W head width, C half of it.
+vocabulary, V vocabulary, W head width, C half of it, X = 2H.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SELF_SCORE = 6.0  # attention score of a row with itself before training: e ** 6 is the weight of some 400 others
 
 
 @dataclass(frozen=True)
@@ -187,9 +189,19 @@ class Eagle3Draft(nn.Module):
         return draft_ids + self.d2t[draft_ids] if self.mapped else draft_ids
 
     def start_from(self, lm_head: Tensor) -> None:
-        """Give ``lm_head`` the target's own rows ``[V, H]``, so that training need not find them again."""
+        """Begin with what training would have to find first.
+
+        The draft is read out by the target's own rows ``[V, H]``, and every row attends to itself: the next token's
+        embedding comes in through attention alone, where random queries and keys would average it away among many.
+        Queries that equal their keys score ``SELF_SCORE`` with themselves, and about 0 with others.
+        """
+        attention, config = self.midlayer.self_attn, self.config
         with torch.no_grad():
             self.lm_head.weight.copy_(lm_head[self.draft_ids])
+            variance = SELF_SCORE / (config.head_dim**0.5 * attention.k_proj.in_features)  # of inputs of variance 1
+            keys_MWX = nn.init.normal_(attention.k_proj.weight, std=variance**0.5).unflatten(0, (-1, config.head_dim))
+            queries_NWX = keys_MWX.repeat_interleave(config.num_heads // config.num_kv_heads, 0)
+            attention.q_proj.weight.copy_(queries_NWX.flatten(0, 1))
 
     def combine(self, features: Tensor) -> Tensor:
         """Captured states ``[..., F, H]``, of any dtype, to the draft's hidden state ``[..., H]``."""

@@ -211,4 +211,6 @@ def check_head(target: Target) -> None:
     ours = target.logits(target.forward(ids).last_hidden).float()
     if (real - ours).abs().max() > HEAD_TOLERANCE * real.abs().max():
         problem = "its logits are not lm_head(norm(x))"
-        raise UserError("target.path", target.info.name, problem, "take a target without bias, scale or cap on its logits")
+        raise UserError(
+            "target.path", target.info.name, problem, "take a target without bias, scale or cap on its logits"
+        )

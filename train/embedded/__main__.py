@@ -27,7 +27,7 @@ from . import card, corpus, pretrain
 from .refine import Refinement, refine
 
 #: What was run for the weights that ship.
-PRETRAINING = pretrain.Recipe(stable_steps=900, decay_steps=500)
+PRETRAINING = pretrain.Recipe(stable_steps=800, decay_steps=200)
 REFINEMENT = Refinement()
 MAX_ANSWER = 160
 TOKENIZER_TEXTS, QUESTIONS = 30000, 3000

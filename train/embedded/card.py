@@ -124,8 +124,8 @@ on (split `test` of `data/corpus.py`), answers of at most 160 tokens.
 | repeated 8-grams within answers | {repeats} | {quality.repeated_text:.1%} |
 | answers that end within 160 tokens | {ended} | |
 
-Small models loop under greedy decoding. What is left of it flatters every draft at T=0, so reports give each acceptance
-figure also without the rounds that lie inside repeated 8-grams.
+Small models loop under greedy decoding, and a loop flatters every draft at T=0: reports give each acceptance figure also
+without the rounds that lie inside repeated 8-grams.
 
 ## Training
 
@@ -134,10 +134,10 @@ standard library and of the packages pinned, with their licences, in `train/embe
 top-level module. Functions that share more than 20% of their 8-word runs with held-out ones were dropped
 ({held_out:,}), as were near-duplicates among the rest ({training:,}).
 
-{steps:,} steps of {batch:,} tokens ({steps * batch / 1e6:.0f} M tokens, less than one pass), Muon and AdamW, bf16 autocast on two CPU cores;
+{steps:,} steps of {batch:,} tokens ({steps * batch / 1e6:.1f} M tokens, less than one pass), Muon and AdamW, on two CPU cores in float32;
 then {refinement.steps} steps of unlikelihood training on its own greedy answers to training questions (arXiv 1908.04319), which
-is what keeps greedy decoding from looping. `make target` rebuilds it; weights differ in their last bits between
-machines, so a rebuilt target is another target.
+teaches greedy decoding not to loop. `make target` rebuilds it; weights differ in their last bits between machines, so a
+rebuilt target is another target.
 
 Functions kept by source: {", ".join(f"{name} {count:,}" for name, count in functions_by_source.most_common())}.
 """)

@@ -30,10 +30,10 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 class Refinement:
     """A step is ``answers`` greedy answers and ``rows`` windows of the training stream."""
 
-    steps: int = 150
-    answers: int = 16
-    rows: int = 4
-    length: int = 512
+    steps: int = 60
+    answers: int = 8
+    rows: int = 2
+    length: int = 768
     learning_rate: float = 4e-4
     unlikelihood: float = 1.0
 
