@@ -14,6 +14,7 @@ a speed-up resamples both of its sides together, since they are measured on the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -110,7 +111,7 @@ def acceptance(traces: Sequence[Trace], chosen: Choice = "all") -> Acceptance:
         by_position=[ratio(hits, counts) for hits in reached[1:]],
         conditional=[
             float(_divide(np.float64(sum(hits)), np.float64(sum(before))))
-            for before, hits in zip(reached, reached[1:], strict=False)
+            for before, hits in itertools.pairwise(reached)
         ],
     )
 

@@ -3,7 +3,7 @@
     eagle3 eval configs/tiny.yaml
 
 Every prompt is answered at every temperature twice, plainly and speculatively, one right after the other and in turns
-first, so that whatever else the machine does falls on both. Each pair is appended to ``eval/traces.jsonl`` (the format
+first among the prompts of a source, so that whatever else the machine does falls on both. Each pair is appended to ``eval/traces.jsonl`` (the format
 is explained in :mod:`.traces`) and synced; a run that was interrupted goes on with the next pair. ``eval/eval.json``
 says how the answers were made, and is written last: where it stands, the stage is complete. Metrics are made from these
 two files (:mod:`.metrics`), so that they can be made again without decoding.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +42,12 @@ WARM_UP_TOKENS = 16
 
 
 class Job(NamedTuple):
-    """One prompt at one temperature."""
+    """One prompt at one temperature, and which of its two answers is the first."""
 
     conversation: Conversation
     prompt: list[int]
     sampling: Sampling
+    speculative_first: bool
 
 
 class Bench(NamedTuple):
@@ -86,9 +88,10 @@ def evaluate(settings: Settings, run_dir: Path, target: Target) -> None:
     progress = Progress("eval", "answers", 2 * len(jobs), 2 * done)
     with StopRequest(stage.resume) as stop, traces.open("ab") as file:
         if done < len(jobs):
-            _pair(bench._replace(limits=Limits(WARM_UP_TOKENS, bench.limits.end_ids)), jobs[0], False)
+            most, end_ids = bench.limits
+            _pair(bench._replace(limits=Limits(min(WARM_UP_TOKENS, most), end_ids)), jobs[0])
         for number, job in enumerate(jobs[done:], done):
-            pair = _pair(bench, job, number % 2 == 1)
+            pair = _pair(bench, job)
             file.write(b"".join(trace.to_line() for trace in pair))
             file.flush()
             os.fsync(file.fileno())
@@ -150,11 +153,14 @@ def _jobs(settings: Settings, run_dir: Path, target: Target) -> list[Job]:
         raise UserError("prepare.test", settings.prepare.test, "there are no test prompts", "give 1 or more")
     chosen = list(itertools.islice(deal(found), settings.eval.prompts))
     prompts = [prompt_ids(target.tokenizer, conversation) for conversation in chosen]
-    return [
-        Job(conversation, prompt, Sampling(temperature, settings.eval.sampling, _seed(settings, conversation.id)))
-        for temperature in settings.eval.temperatures
-        for conversation, prompt in zip(chosen, prompts, strict=True)
-    ]
+    jobs, turns = [], Counter[str]()
+    for temperature in settings.eval.temperatures:
+        for conversation, prompt in zip(chosen, prompts, strict=True):
+            sampling = Sampling(temperature, settings.eval.sampling, _seed(settings, conversation.id))
+            # Dealt prompts go round the sources: turns counted over all of them would give each source one order only.
+            jobs.append(Job(conversation, prompt, sampling, turns[conversation.source] % 2 == 1))
+            turns[conversation.source] += 1
+    return jobs
 
 
 def _seed(settings: Settings, prompt_id: str) -> int:
@@ -175,10 +181,10 @@ def _bench(settings: EvalSettings, target: Target, draft: Eagle3Draft, jobs: lis
     )
 
 
-def _pair(bench: Bench, job: Job, speculative_first: bool) -> tuple[Trace, Trace]:
+def _pair(bench: Bench, job: Job) -> tuple[Trace, Trace]:
     """The plain and the speculative answer to one prompt."""
     answers: dict[str, Decoded] = {}
-    for mode in (SPECULATIVE, BASELINE) if speculative_first else (BASELINE, SPECULATIVE):
+    for mode in (SPECULATIVE, BASELINE) if job.speculative_first else (BASELINE, SPECULATIVE):
         drafter = bench.drafter if mode == SPECULATIVE else None
         answers[mode] = decode(job.prompt, bench.verifier, drafter, bench.limits, job.sampling)
     plain, fast = answers[BASELINE], answers[SPECULATIVE]

@@ -1,0 +1,441 @@
+"""The whole stage over the tiny target: what it writes, how it goes on after an interruption, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle3.configs.errors import Interrupted, UserError
+from eagle3.configs.settings import EvalSettings, Settings
+from eagle3.data.chat import prompt_ids
+from eagle3.data.conversations import Conversation
+from eagle3.data.files import encode_line, file_sha256
+from eagle3.eval import speculate, stage
+from eagle3.eval.report import write_report
+from eagle3.eval.stage import compare, evaluate
+from eagle3.eval.traces import BASELINE, SPECULATIVE, TIE, Trace, read_traces
+from eagle3.models.checkpoint import save_draft
+from eagle3.models.draft import Eagle3Draft
+from eagle3.models.target import Target
+
+TEMPERATURES = (0.0, 1.0)
+TESTS = 4  # prompts, of two sources
+ANSWERS = 2 * TESTS * len(TEMPERATURES)
+CHAIN, LIMIT = 2, 5
+
+Decode = Callable[..., speculate.Decoded]
+
+
+@pytest.fixture(scope="module")
+def settings(recipe: Settings) -> Settings:
+    chosen = EvalSettings(chain=CHAIN, temperatures=TEMPERATURES, prompts=TESTS, max_new_tokens=LIMIT)
+    return replace(recipe, eval=chosen)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory, new_draft: Callable[..., Eagle3Draft]) -> Path:
+    """A run with prompts and a draft; not to be written to."""
+    folder = tmp_path_factory.mktemp("ready")
+    write_prompts(folder, ["test"] * TESTS + ["train", "validation"])
+    save_draft(new_draft(), folder / "draft", torch.float32)
+    return folder
+
+
+@pytest.fixture
+def run_dir(ready: Path, tmp_path: Path) -> Path:
+    """A run before its evaluation."""
+    return Path(shutil.copytree(ready, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    settings: Settings, ready: Path, tiny_target: Target, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[bool]]:
+    """A run that is evaluated, and of every request whether it was speculative, in their order; not to be written to."""
+    folder = Path(shutil.copytree(ready, tmp_path_factory.mktemp("evaluated") / "run"))
+    order: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "decode", watching(lambda drafter: order.append(drafter is not None)))
+        evaluate(settings, folder, tiny_target)
+    return folder, order
+
+
+def write_prompts(folder: Path, splits: Sequence[str]) -> None:
+    conversations = [
+        Conversation(f"id {i}", ("sums", "words")[i % 2], split, [{"role": "user", "content": f"Say {'so ' * i}{i}."}])
+        for i, split in enumerate(splits)
+    ]
+    (folder / "conversations").mkdir(exist_ok=True)
+    path = folder / "conversations" / "prompts.jsonl"
+    path.write_bytes(b"".join(encode_line(conversation._asdict()) for conversation in conversations))
+
+
+def watching(before: Callable[[Any], None]) -> Decode:
+    """Decoding that says of every request first whether it has a drafter."""
+
+    def decode(prompt: Any, verifier: Any, drafter: Any, limits: Any, sampling: Any) -> speculate.Decoded:
+        before(drafter)
+        return speculate.decode(prompt, verifier, drafter, limits, sampling)
+
+    return decode
+
+
+def refuse_to_decode(drafter: Any) -> None:
+    raise AssertionError
+
+
+class Countdown:
+    """Does ``what`` before the request of this number, warm-up included."""
+
+    def __init__(self, requests: int, what: Callable[[], None]) -> None:
+        self.left, self.what = requests, what
+
+    def __call__(self, drafter: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            self.what()
+
+
+def crash() -> None:
+    raise ZeroDivisionError
+
+
+def traces_of(run_dir: Path) -> list[Trace]:
+    """All that does not depend on the clock."""
+    return [replace(trace, ttft_s=0.0, total_s=0.0) for trace in read_traces(run_dir / "eval" / "traces.jsonl")]
+
+
+def description_of(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run_dir / "eval" / "eval.json").read_bytes())
+    return found
+
+
+# --- what it writes
+
+
+def test_every_test_prompt_is_answered_twice_at_every_temperature(evaluated: tuple[Path, list[bool]]) -> None:
+    traces = traces_of(evaluated[0])
+    assert len({trace.key for trace in traces}) == len(traces) == ANSWERS
+    assert [trace.mode for trace in traces] == [BASELINE, SPECULATIVE] * (ANSWERS // 2)
+    assert [trace.temperature for trace in traces] == [t for t in TEMPERATURES for _ in range(2 * TESTS)]
+    assert {trace.prompt_id for trace in traces} == {f"id {i}" for i in range(TESTS)}
+    assert [trace.source for trace in traces[::2]] == ["sums", "words"] * (ANSWERS // 4)
+
+
+def test_traces_are_whole(evaluated: tuple[Path, list[bool]], tiny_target: Target) -> None:
+    for trace in read_traces(evaluated[0] / "eval" / "traces.jsonl"):
+        count = len(trace.ids)
+        assert 1 <= count <= LIMIT
+        assert len(trace.pieces) == len(trace.authors) == len(trace.repeated) == count
+        assert "".join(trace.pieces) == tiny_target.tokenizer.decode(trace.ids)
+        assert (trace.finish == "stop") == (trace.ids[-1] in tiny_target.info.eos_ids)
+        assert trace.prompt.startswith("Say")
+        conversation = Conversation("", "", "test", [{"role": "user", "content": trace.prompt}])
+        assert trace.input_tokens == len(prompt_ids(tiny_target.tokenizer, conversation))
+        assert 0 < trace.ttft_s <= trace.total_s
+        assert (trace.lossless is not None) == (trace.mode == SPECULATIVE and trace.temperature == 0)
+        if trace.mode == BASELINE:
+            assert trace.rounds == () and set(trace.authors) == {"target"}
+        else:
+            assert 1 + sum(entry.emitted for entry in trace.rounds) == count
+            assert {entry.drafted for entry in trace.rounds} <= {CHAIN}
+
+
+def test_greedy_answers_are_those_of_plain_decoding(evaluated: tuple[Path, list[bool]], tiny_target: Target) -> None:
+    cold = [trace for trace in traces_of(evaluated[0]) if trace.temperature == 0]
+    for plain, fast in zip(cold[::2], cold[1::2], strict=True):
+        assert fast.ids == plain.ids and fast.lossless is not None and fast.lossless.equal
+        conversation = Conversation("", "", "test", [{"role": "user", "content": plain.prompt}])
+        (answer,) = tiny_target.generate([prompt_ids(tiny_target.tokenizer, conversation)], [0.0], LIMIT)
+        assert plain.ids == tuple(answer.ids)
+
+
+def test_each_answer_is_first_in_half_of_the_pairs_of_every_source(evaluated: tuple[Path, list[bool]]) -> None:
+    """What comes second may find a warmer machine: neither side, in no source, may always be the one."""
+    folder, order = evaluated
+    warm_up, pairs = order[:2], [order[at : at + 2] for at in range(2, len(order), 2)]
+    assert warm_up == [False, True]
+    assert all(sorted(pair) == [False, True] for pair in pairs)
+    sources = [trace.source for trace in traces_of(folder)[::2]]
+    for source in ("sums", "words"):
+        first = [pair[0] for pair, its in zip(pairs, sources, strict=True) if its == source]
+        assert first == [False, True] * (len(first) // 2)
+
+
+def test_seeds_are_those_of_prompts(evaluated: tuple[Path, list[bool]]) -> None:
+    seeds: dict[str, set[int]] = {}
+    for trace in traces_of(evaluated[0]):
+        seeds.setdefault(trace.prompt_id, set()).add(trace.seed)
+    assert {len(found) for found in seeds.values()} == {1}
+    assert len(set.union(*seeds.values())) == TESTS
+
+
+def test_eval_json_says_how(evaluated: tuple[Path, list[bool]], settings: Settings, tiny_target: Target) -> None:
+    folder, _ = evaluated
+    found = description_of(folder)
+    assert found["schema"] == 1 and found["batch"] == 1 and found["seed"] == settings.run.seed
+    assert found["benchmark"] == "tiny" and found["engine"].startswith("transformers ")
+    assert found["settings"] == {
+        "chain": CHAIN, "temperatures": [0.0, 1.0], "prompts": TESTS, "max_new_tokens": LIMIT, "sampling": "sampled",
+        "dtype": "float32",
+    }  # fmt: skip
+    assert found["target"]["layers"] == list(tiny_target.info.layers) == found["draft"]["target_layers"]
+    assert found["target"]["weights_sha256"] == tiny_target.info.weights_sha256
+    assert found["draft"]["weights_sha256"] == file_sha256(folder / "draft" / "model.safetensors")
+    assert {"torch", "transformers", "processor", "threads", "device"} <= found["environment"].keys()
+
+
+def test_a_report_follows(evaluated: tuple[Path, list[bool]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "run"))
+    report = write_report(folder)
+    assert [(row["temperature"], row["category"]) for row in report["results"]] == [
+        (temperature, source) for temperature in TEMPERATURES for source in (None, "sums", "words")
+    ]
+    assert report["results"][0]["losslessness"] == {"answers": TESTS, "diverged": 0, "ties": 0, "largest_gap": 0.0}
+
+
+# --- where it goes on
+
+
+def test_a_complete_evaluation_is_skipped(
+    evaluated: tuple[Path, list[bool]], settings: Settings, tiny_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = evaluated
+    before = {path: path.read_bytes() for path in (folder / "eval").iterdir()}
+    monkeypatch.setattr(stage, "decode", watching(refuse_to_decode))
+    monkeypatch.setattr(stage, "load_draft", refuse_to_decode)
+    evaluate(settings, folder, tiny_target)
+    assert {path: path.read_bytes() for path in (folder / "eval").iterdir()} == before
+
+
+def test_a_signal_ends_it_after_a_pair_and_the_rest_is_the_same(
+    evaluated: tuple[Path, list[bool]],
+    settings: Settings,
+    run_dir: Path,
+    tiny_target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = traces_of(evaluated[0])
+    # Two requests of warm-up, two of the first pair; the signal comes in the second pair, which is finished.
+    monkeypatch.setattr(stage, "decode", watching(Countdown(5, lambda: os.kill(os.getpid(), signal.SIGTERM))))
+    with pytest.raises(Interrupted) as ended:
+        evaluate(settings, run_dir, tiny_target)
+    config = run_dir / "config.yaml"
+    assert str(ended.value) == f"interrupted: 2 of 8 prompts are answered; resume with: eagle3 eval {config}"
+    assert traces_of(run_dir) == whole[:4]
+    assert not (run_dir / "eval" / "eval.json").exists()
+
+    # Then it crashes in the second half of a pair, and leaves half a line behind.
+    monkeypatch.setattr(stage, "decode", watching(Countdown(6, crash)))
+    with pytest.raises(ZeroDivisionError):
+        evaluate(settings, run_dir, tiny_target)
+    assert traces_of(run_dir) == whole[:6]
+    path = run_dir / "eval" / "traces.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines) + lines[0] + lines[1][:50])
+
+    requests: list[Any] = []
+    monkeypatch.setattr(stage, "decode", watching(requests.append))
+    evaluate(settings, run_dir, tiny_target)
+    assert traces_of(run_dir) == whole
+    assert description_of(run_dir) == description_of(evaluated[0])
+    assert len(requests) == 2 + 2 * 5
+
+
+def test_complete_traces_need_no_decoding(
+    evaluated: tuple[Path, list[bool]], settings: Settings, tmp_path: Path, tiny_target: Target
+) -> None:
+    """A crash between the last pair and eval.json."""
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "run"))
+    (folder / "eval" / "eval.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "decode", watching(refuse_to_decode))
+        evaluate(settings, folder, tiny_target)
+    assert description_of(folder) == description_of(evaluated[0])
+
+
+def test_fewer_prompts_have_the_same_answers(
+    evaluated: tuple[Path, list[bool]], settings: Settings, run_dir: Path, tiny_target: Target
+) -> None:
+    fewer = replace(settings, eval=replace(settings.eval, prompts=2, temperatures=(1.0,)))
+    evaluate(fewer, run_dir, tiny_target)
+    found = traces_of(run_dir)
+    whole = {trace.key: trace for trace in traces_of(evaluated[0])}
+    assert len(found) == 4 and {trace.source for trace in found} == {"sums", "words"}
+    assert all(trace == whole[trace.key] for trace in found)
+
+
+def test_the_warm_up_takes_no_more_room_than_the_shortest_answers(
+    settings: Settings, run_dir: Path, tiny_target: Target
+) -> None:
+    evaluate(replace(settings, eval=EvalSettings(chain=1, prompts=1, max_new_tokens=1)), run_dir, tiny_target)
+    assert {(len(trace.ids), trace.rounds) for trace in traces_of(run_dir)} == {(1, ())}
+
+
+def test_other_numerics_load_the_target_again(settings: Settings, run_dir: Path, tiny_target: Target) -> None:
+    chosen = EvalSettings(chain=1, temperatures=(0.0,), prompts=1, max_new_tokens=2, dtype="bfloat16")
+    evaluate(replace(settings, eval=chosen), run_dir, tiny_target)
+    assert description_of(run_dir)["target"]["dtype"] == "bfloat16"
+    assert traces_of(run_dir)[1].lossless is not None
+
+
+# --- losslessness
+
+
+def test_where_greedy_answers_part(tiny_target: Target) -> None:
+    prompt, limit = [5, 6, 7], 4
+    (answer,) = tiny_target.generate([prompt], [0.0], limit)
+    plain = answer.ids
+    assert compare(tiny_target, prompt, plain, list(plain)).equal
+    for position in range(len(plain)):
+        logits = tiny_target.logits(tiny_target.forward(torch.tensor([prompt + plain[:position]])).last_hidden[0, -1])
+        gap = float(logits.max() - logits.sort().values[-2])
+        assert gap > TIE
+        other = [*plain[:position], abs(plain[position] - 1), *plain[position + 1 :]]
+        for fast in (other, plain[:position]):
+            found = compare(tiny_target, prompt, plain, fast)
+            assert (found.equal, found.position, found.diverged) == (False, position, True)
+            assert found.gap == pytest.approx(gap, abs=1e-4)
+
+
+# --- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"chain": 0}, "eval.chain = 0: nothing to measure; give 1 or more"),
+        ({"prompts": 0}, "eval.prompts = 0: nothing to measure; give 1 or more"),
+        ({"max_new_tokens": 0}, "eval.max_new_tokens = 0: nothing to measure; give 1 or more"),
+        ({"temperatures": ()}, "eval.temperatures = []: not temperatures; give one or more, from 0 on"),
+        ({"temperatures": (0.0, -1.0)}, "eval.temperatures = [0.0, -1.0]: not temperatures; give one or more, from 0 on"),
+        ({"sampling": "beam"}, "eval.sampling = beam: not supported; choose one of sampled, greedy"),
+        ({"dtype": "int4"}, "eval.dtype = int4: not supported; choose one of float32, bfloat16"),
+        (
+            {"max_new_tokens": 9999},
+            "eval.max_new_tokens = 9999: prompt, answer and chain take {} positions, the target has 512; lower it or leave "
+            "out long prompts",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(
+    settings: Settings, run_dir: Path, tiny_target: Target, changes: dict[str, Any], line: str
+) -> None:
+    texts = [f"Say {'so ' * i}{i}." for i in range(TESTS)]
+    prompts = [Conversation("", "", "test", [{"role": "user", "content": text}]) for text in texts]
+    longest = max(len(prompt_ids(tiny_target.tokenizer, prompt)) for prompt in prompts)
+    with pytest.raises(UserError) as refused:
+        evaluate(replace(settings, eval=replace(settings.eval, **changes)), run_dir, tiny_target)
+    assert str(refused.value) == line.format(longest + 9999 + CHAIN + 1)
+    assert not (run_dir / "eval").exists()
+
+
+def test_a_prompt_just_fits_or_is_too_long(settings: Settings, run_dir: Path, tiny_target: Target) -> None:
+    write_prompts(run_dir, ["test"])
+    conversation = Conversation("", "", "test", [{"role": "user", "content": "Say 0."}])
+    left = tiny_target.info.max_positions - len(prompt_ids(tiny_target.tokenizer, conversation)) - CHAIN - 1
+    with pytest.raises(
+        UserError, match=f"eval.max_new_tokens = {left + 1}: .* take 513 positions, the target has 512;"
+    ):
+        evaluate(replace(settings, eval=replace(settings.eval, max_new_tokens=left + 1)), run_dir, tiny_target)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(stage, "decode", watching(Countdown(1, crash)))
+        evaluate(replace(settings, eval=replace(settings.eval, max_new_tokens=left)), run_dir, tiny_target)
+
+
+@pytest.mark.parametrize("splits", [[], ["train", "validation"]])
+def test_no_test_prompts(settings: Settings, run_dir: Path, tiny_target: Target, splits: list[str]) -> None:
+    write_prompts(run_dir, splits)
+    with pytest.raises(UserError, match=r"^prepare.test = 4: there are no test prompts; give 1 or more$"):
+        evaluate(settings, run_dir, tiny_target)
+
+
+@pytest.mark.parametrize(("missing", "command"), [("conversations", "prepare"), ("draft", "train")])
+def test_earlier_stages_are_missing(
+    settings: Settings, run_dir: Path, tiny_target: Target, missing: str, command: str
+) -> None:
+    shutil.rmtree(run_dir / missing)
+    with pytest.raises(UserError, match=rf"^run.name = tiny: there is no .*{missing}.*; run `eagle3 {command}` first$"):
+        evaluate(settings, run_dir, tiny_target)
+    assert not (run_dir / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"hidden_size": 16}, "its hidden size is 16, the target's is 32"),
+        ({"vocab_size": 259}, "its vocabulary is 259, the target's is {vocab_size}"),
+        ({"target_layers": (0, 3, 4)}, r"its captured layers is \(0, 3, 4\), the target's is \(1, 3, 4\)"),
+        ({"target_layers": (1, 3)}, r"its captured layers is \(1, 3\), the target's is \(1, 3, 4\)"),
+    ],
+)
+def test_a_draft_of_another_target(
+    settings: Settings,
+    run_dir: Path,
+    tiny_target: Target,
+    new_draft: Callable[..., Eagle3Draft],
+    changes: dict[str, Any],
+    problem: str,
+) -> None:
+    save_draft(new_draft(**changes), run_dir / "draft", torch.float32)
+    problem = problem.format(vocab_size=tiny_target.info.vocab_size)
+    remedy = "set target.path and target.layers to what it was trained on"
+    with pytest.raises(UserError, match=f"^draft = .*/draft: {problem}; {remedy}$"):
+        evaluate(settings, run_dir, tiny_target)
+    assert not (run_dir / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "line"),
+    [
+        ("eval", {"chain": 3}, "eval.chain = 3: .*/eval was made with 2; set it back"),
+        ("eval", {"temperatures": (0.0,)}, r"eval.temperatures = \[0.0\]: .*/eval was made with \[0.0, 1.0\]; set it back"),
+        ("eval", {"sampling": "greedy"}, 'eval.sampling = "greedy": .*/eval was made with "sampled"; set it back'),
+        ("run", {"seed": 4}, "run.seed = 4: .*/eval was made with 3; set it back"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("complete", [True, False])
+def test_changed_settings(
+    evaluated: tuple[Path, list[bool]],
+    settings: Settings,
+    tiny_target: Target,
+    tmp_path: Path,
+    section: str,
+    changes: dict[str, Any],
+    line: str,
+    complete: bool,
+) -> None:
+    folder = evaluated[0]
+    if not complete:
+        folder = Path(shutil.copytree(folder, tmp_path / "run"))
+        (folder / "eval" / "eval.json").unlink()
+    before = (folder / "eval" / "traces.jsonl").read_bytes()
+    changed: Any = {section: replace(getattr(settings, section), **changes)}
+    with pytest.raises(UserError, match=f"^{line}, choose another run.name, or delete .*/eval$"):
+        evaluate(replace(settings, **changed), folder, tiny_target)
+    assert (folder / "eval" / "traces.jsonl").read_bytes() == before
+
+
+def test_changed_inputs(
+    evaluated: tuple[Path, list[bool]],
+    settings: Settings,
+    tmp_path: Path,
+    tiny_target: Target,
+    new_draft: Callable[..., Eagle3Draft],
+) -> None:
+    folder = Path(shutil.copytree(evaluated[0], tmp_path / "run"))
+    save_draft(new_draft(seed=1), folder / "draft", torch.float32)
+    with pytest.raises(UserError, match="^weights of the draft = .* was made with"):
+        evaluate(settings, folder, tiny_target)
+    shutil.copytree(evaluated[0] / "draft", folder / "draft", dirs_exist_ok=True)
+    write_prompts(folder, ["test"] * (TESTS + 1))
+    with pytest.raises(UserError, match="^prompts = .* was made with"):
+        evaluate(settings, folder, tiny_target)
