@@ -30,7 +30,7 @@ from ..data.files import encode_json, file_sha256, write_atomic
 from ..data.prepare import deal
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
-from ..models.checkpoint import load_draft
+from ..models.checkpoint import CONFIG, WEIGHTS, load_draft
 from ..models.draft import Eagle3Draft
 from ..models.repeats import repeated
 from ..models.target import DTYPES, Target, load_target
@@ -119,8 +119,9 @@ def check(settings: EvalSettings) -> None:
 
 
 def _inputs(settings: Settings, run_dir: Path, target: Target) -> dict[str, Json]:
-    weights, prompts = run_dir / "draft" / "model.safetensors", run_dir / "conversations" / "prompts.jsonl"
-    for path, command in ((prompts, "prepare"), (weights, "train")):
+    draft, prompts = run_dir / "draft", run_dir / "conversations" / "prompts.jsonl"
+    weights, configuration = draft / WEIGHTS, draft / CONFIG
+    for path, command in ((prompts, "prepare"), (weights, "train"), (configuration, "train")):
         if not path.exists():
             raise UserError("run.name", settings.run.name, f"there is no {path}", f"run `eagle3 {command}` first")
     chosen = dataclasses.asdict(settings.eval)
@@ -129,6 +130,7 @@ def _inputs(settings: Settings, run_dir: Path, target: Target) -> dict[str, Json
         "run.seed": settings.run.seed,
         "weights of the target": target.info.weights_sha256,
         "weights of the draft": file_sha256(weights),
+        "configuration of the draft": file_sha256(configuration),
         "prompts": file_sha256(prompts),
     }
 
@@ -243,7 +245,7 @@ def _description(settings: Settings, run_dir: Path, target: Target, draft: Eagle
             **shape,
             "target_layers": list(draft.config.target_layers),
             "parameters": sum(parameter.numel() for parameter in draft.parameters()),
-            "weights_sha256": file_sha256(run_dir / "draft" / "model.safetensors"),
+            "weights_sha256": file_sha256(run_dir / "draft" / WEIGHTS),
         },
         "environment": environment(target.device),
     }

@@ -99,7 +99,8 @@ def build_model(work: Path, tokenizer: PreTrainedTokenizerFast) -> Llama4ForCaus
     def generate(prompts: list[list[int]]) -> list[list[int]]:
         return [answer.ids for answer in target.generate(prompts, [0.0] * len(prompts), MAX_ANSWER)]
 
-    refine(model, questions, ids, REFINEMENT, generate, work / "metrics.jsonl")
+    with torch.compiler.set_stance("force_eager"):  # every step has a shape of its own
+        refine(model, questions, ids, REFINEMENT, generate, work / "metrics.jsonl")
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(model.state_dict(), refined)
     return model

@@ -38,7 +38,6 @@ class Refinement:
     unlikelihood: float = 1.0
 
 
-@torch.compiler.set_stance("force_eager")  # every step has a shape of its own
 def refine(
     model: Llama4ForCausalLM,
     questions: list[list[int]],
