@@ -30,12 +30,12 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 class Refinement:
     """A step is ``answers`` greedy answers and ``rows`` windows of the training stream."""
 
-    steps: int = 60
+    steps: int = 50
     answers: int = 8
     rows: int = 2
     length: int = 768
-    learning_rate: float = 4e-4
-    unlikelihood: float = 1.0
+    learning_rate: float = 2e-4
+    unlikelihood: float = 0.1
 
 
 def refine(
