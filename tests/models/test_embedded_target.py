@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 FOLDER = Path(eagle3.__path__[0]) / "models" / "embedded"
-WEIGHTS_SHA256 = "3f9e88e4c8991fa900d8a8aa4c16f4fe2c32d7c8fdee61d5e3b89ae203d88035"
+WEIGHTS_SHA256 = "6e5745061fbb61ae228a20e6abe65efd122096e56c1c3dc029904b85784ec339"
 
 
 def test_frozen() -> None:

@@ -64,12 +64,13 @@ def test_muon_is_torchs_muon_up_to_its_rounding() -> None:
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_nothing() -> None:
-    recipe = pretrain.Recipe(stable_steps=200, decay_steps=100, warmup_steps=10)
+    recipe = pretrain.Recipe(cycles=((200, 100), (50, 10)), warmup_steps=10, rewarm_steps=5)
     assert [recipe.scale(step) for step in (0, 9, 150, 200, 250, 299)] == [0.1, 1.0, 1.0, 1.0, 0.5, 0.01]
+    assert [recipe.scale(step) for step in (300, 304, 350, 359, recipe.steps)] == [0.2, 1.0, 1.0, 0.1, 0.0]
 
 
 def test_windows_follow_the_stream_and_wrap(tmp_path: Path) -> None:
-    recipe = pretrain.Recipe(1, 1, batch=2, length=3)
+    recipe = pretrain.Recipe(((1, 1),), batch=2, length=3)
     ids = np.arange(10, dtype=np.uint16)
     assert pretrain.batch_of(ids, recipe, 0).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
     assert pretrain.batch_of(ids, recipe, 1).tolist() == [[6, 7, 8, 9], [9, 0, 1, 2]]

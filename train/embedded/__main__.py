@@ -27,7 +27,7 @@ from . import card, corpus, pretrain
 from .refine import Refinement, refine
 
 #: What was run for the weights that ship.
-PRETRAINING = pretrain.Recipe(stable_steps=800, decay_steps=200)
+PRETRAINING = pretrain.Recipe(cycles=((800, 200), (600, 400), (500, 300)))
 REFINEMENT = Refinement()
 MAX_ANSWER = 160
 TOKENIZER_TEXTS, QUESTIONS = 30000, 3000

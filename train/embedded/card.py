@@ -94,7 +94,7 @@ def _entropy(target: Target, prompts: list[list[int]], answers: list[list[int]])
 def write(path: Path, quality: Quality, facts: dict[str, Any], pretraining: Recipe, refinement: Refinement) -> None:
     """Write the model card: what it is, what it was trained on, how good it is, how to rebuild it."""
     batch = pretraining.batch * pretraining.length
-    steps = pretraining.stable_steps + pretraining.decay_steps
+    steps = pretraining.steps
     functions_by_source: Counter[str] = Counter(dict(facts["functions"]))
     held_out, training = (functions_by_source.pop(reason, 0) for reason in (RESEMBLES_HELD_OUT, RESEMBLES_TRAINING))
     repeats = " | ".join(f"{quality.repeated[t]:.1%}" for t in TEMPERATURES)

@@ -1,6 +1,7 @@
 """Trains the embedded target from scratch: Muon for the matrices, AdamW for the rest, warm-up, stable, linear decay.
 
-The stable phase can be prolonged from its checkpoint for as long as there is time; the decay is what ends it.
+A decayed model is a finished one; as long as there is time it can be trained on from there in another such cycle
+(WSD-S, Wen et al., arXiv 2410.05192).
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast. A step is ``batch * length`` tokens, in micro-batches of ``micro`` rows."""
+    """How long and how fast. A step is ``batch * length`` tokens, in micro-batches of ``micro`` rows.
 
-    stable_steps: int
-    decay_steps: int
+    ``cycles`` are the stable and the decay steps of each cycle of the learning rate.
+    """
+
+    cycles: tuple[tuple[int, int], ...]
     batch: int = 10
     micro: int = 5
     length: int = 768
     warmup_steps: int = 100
+    rewarm_steps: int = 20
     muon_lr: float = 6e-3
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -41,8 +45,17 @@ class Recipe:
 
     def scale(self, step: int) -> float:
         """The learning rate of ``step`` as a share of its peak."""
-        left = (self.stable_steps + self.decay_steps - step) / max(1, self.decay_steps)
-        return min(1.0, (step + 1) / self.warmup_steps, left)
+        warmup = self.warmup_steps
+        for stable, decay in self.cycles:
+            if step < stable + decay:
+                return min(1.0, (step + 1) / warmup, (stable + decay - step) / max(1, decay))
+            step, warmup = step - stable - decay, self.rewarm_steps
+        return 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps of all cycles."""
+        return sum(map(sum, self.cycles))
 
 
 def configuration(vocabulary: int, bos: int, eos: int, pad: int) -> Llama4TextConfig:
@@ -137,7 +150,7 @@ def pretrain(model: Llama4ForCausalLM, ids: np.ndarray, recipe: Recipe, folder: 
     Args:
         model: fp32; see :func:`precision` for what it is multiplied in.
         ids: the training stream.
-        recipe: the schedule; a run interrupted in its stable phase may go on under a longer or shorter one.
+        recipe: the schedule; an interrupted run may go on under one that differs only from there on.
         folder: where ``state.pt`` and ``metrics.jsonl`` go.
         held_out: ``[N, T + 1]`` ids on which the loss is reported.
     """
@@ -154,7 +167,7 @@ def pretrain(model: Llama4ForCausalLM, ids: np.ndarray, recipe: Recipe, folder: 
         log.write_text(json.dumps({"recipe": asdict(recipe)}) + "\n")
     forward.compile_blocks()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    started, total = time.time(), recipe.stable_steps + recipe.decay_steps
+    started, total = time.time(), recipe.steps
     micros, seen = recipe.batch // recipe.micro // world, 0
     for step in range(done, total):
         for optimiser in both:
