@@ -21,8 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SELF_SCORE = 6.0  # attention score of a row with itself before training: e ** 6 is the weight of some 400 others
-
 
 @dataclass(frozen=True)
 class DraftConfig:
@@ -187,21 +185,6 @@ class Eagle3Draft(nn.Module):
     def target_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft ids to target ids; ``d2t`` holds offsets."""
         return draft_ids + self.d2t[draft_ids] if self.mapped else draft_ids
-
-    def start_from(self, lm_head: Tensor) -> None:
-        """Begin with what training would have to find first.
-
-        The draft is read out by the target's own rows ``[V, H]``, and every row attends to itself: the next token's
-        embedding comes in through attention alone, where random queries and keys would average it away among many.
-        Queries that equal their keys score ``SELF_SCORE`` with themselves, and about 0 with others.
-        """
-        attention, config = self.midlayer.self_attn, self.config
-        with torch.no_grad():
-            self.lm_head.weight.copy_(lm_head[self.draft_ids])
-            variance = SELF_SCORE / (config.head_dim**0.5 * attention.k_proj.in_features)  # of inputs of variance 1
-            keys_MWX = nn.init.normal_(attention.k_proj.weight, std=variance**0.5).unflatten(0, (-1, config.head_dim))
-            queries_NWX = keys_MWX.repeat_interleave(config.num_heads // config.num_kv_heads, 0)
-            attention.q_proj.weight.copy_(queries_NWX.flatten(0, 1))
 
     def combine(self, features: Tensor) -> Tensor:
         """Captured states ``[..., F, H]``, of any dtype, to the draft's hidden state ``[..., H]``."""

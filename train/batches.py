@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.store import Store, StoreSample
 from ..models.rollout import RolloutBatch
 
+SOME_TOKENS = 16384
 POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
 
 
@@ -136,6 +138,18 @@ def load(store: Store, indices: Sequence[int]) -> list[StoreSample]:
     first = store[0]
     blank = first._replace(loss_mask=torch.zeros_like(first.loss_mask))
     return [blank._replace(**{name: blank._asdict()[name][:2] for name in StoreSample._fields[4:]})]
+
+
+def some_states(store: Store) -> tuple[Tensor, Tensor]:
+    """Features ``[N, F, H]`` and ids ``[N]`` of the first few thousand training tokens."""
+    states, tokens = [], []
+    for index in store.indices("train"):
+        sample = store[index]
+        states.append(sample.features)
+        tokens.append(sample.input_ids.long())
+        if sum(map(len, tokens)) >= SOME_TOKENS:
+            break
+    return torch.cat(states), torch.cat(tokens)
 
 
 def collate(samples: Sequence[StoreSample]) -> RolloutBatch:

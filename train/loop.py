@@ -28,10 +28,11 @@ from ..data.stage import Json, Stage
 from ..data.store import MANIFEST, Store
 from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, supervised
+from ..models.start import begin, feature_scale
 from . import checkpoint
-from .batches import Batch, Schedule, collate, divide, load
+from .batches import Batch, Schedule, collate, divide, load, some_states
 from .launch import any_rank, gather_parameters, make_accelerator
-from .module import Trained, TrainingTimeTest, draft_config
+from .module import Trained, TrainingTimeTest, draft_config, parameter_groups
 from .progress import TrainProgress
 from .validate import Tally, Validation, validation_parts
 
@@ -74,11 +75,12 @@ class Trainer:
         head = store.head()
         self.vocabulary = store.draft_vocabulary(settings.draft.vocab_size).ids
         draft = Eagle3Draft(draft_config(settings.draft, store), self.vocabulary)
-        draft.start_from(head.lm_head.float())
+        states, tokens = some_states(store)
+        begin(draft, head, states, tokens)
         embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=chosen.learning_rate, betas=chosen.betas, weight_decay=chosen.weight_decay
+            parameter_groups(draft, feature_scale(draft, states)), lr=chosen.learning_rate, betas=chosen.betas, weight_decay=chosen.weight_decay
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.lengths = store.lengths()
@@ -118,7 +120,7 @@ class Trainer:
         started, chosen, accelerator = time.perf_counter(), self.settings.train, self.accelerator
         rate = learning_rate(batch.step - 1, self.schedule.steps, chosen)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         # Gradients are averaged over ranks and micro-batches; every row of the global batch shall count the same.
         ranks, micros = accelerator.num_processes, chosen.accumulation
         scale = ranks * micros / max(1, sum(self.rows[index] for index in batch.samples))

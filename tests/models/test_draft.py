@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eagle3.models.draft import SELF_SCORE, DraftConfig, Eagle3Draft, RMSNorm, rotation_table
+from eagle3.models.draft import DraftConfig, Eagle3Draft, RMSNorm, rotation_table
 
 CONFIG = DraftConfig(
     hidden_size=12,
@@ -75,28 +75,6 @@ def test_d2t_is_an_offset_and_absent_where_vocabularies_are_equal() -> None:
 def test_a_vocabulary_of_another_size_is_refused(ids: torch.Tensor | None) -> None:
     with pytest.raises(ValueError, match="draft vocabulary of 9"):
         Eagle3Draft(CONFIG, ids)
-
-
-def test_the_head_starts_from_the_targets_rows() -> None:
-    draft, rows = random_draft(), torch.randn(17, 12, dtype=torch.float64)
-    draft.start_from(rows)
-    assert torch.equal(draft.lm_head.weight, rows[DRAFT_IDS])
-
-
-@torch.no_grad()
-def test_rows_start_by_attending_to_themselves() -> None:
-    """Whatever stands at the positions: a row's score with itself lies above those with all others."""
-    torch.manual_seed(3)
-    draft = Eagle3Draft(replace(CONFIG, hidden_size=256, head_dim=64), DRAFT_IDS)
-    draft.start_from(torch.randn(CONFIG.vocab_size, 256))
-    x = torch.nn.functional.rms_norm(torch.randn(40, 512), (512,))
-    rotation = rotation_table(draft.config, 40, x)
-    queries, keys = draft.queries(x, rotation), draft.keys_values(x, rotation)[0]
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
-    scores = torch.einsum("tnw,snw->nts", queries, keys) * 64**-0.5
-    own = scores.diagonal(dim1=1, dim2=2)
-    assert own.mean() == pytest.approx(SELF_SCORE, rel=0.1)
-    assert (scores.argmax(-1) == torch.arange(40)).float().mean() > 0.95
 
 
 def test_embeddings_come_first_and_features_ascend() -> None:
