@@ -80,7 +80,10 @@ class Trainer:
         embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
-            parameter_groups(draft, feature_scale(draft, states)), lr=chosen.learning_rate, betas=chosen.betas, weight_decay=chosen.weight_decay
+            parameter_groups(draft, feature_scale(draft, states)),
+            lr=chosen.learning_rate,
+            betas=chosen.betas,
+            weight_decay=chosen.weight_decay,
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.lengths = store.lengths()
