@@ -68,11 +68,10 @@ def evaluate(settings: Settings, run_dir: Path, target: Target) -> None:
         target: the recipe's; loaded again where ``eval.dtype`` is not its own.
 
     Raises:
-        UserError: a setting that cannot be, no test prompts, a draft that does not fit the target, or an evaluation
-            that was begun with other settings, draft or prompts.
+        UserError: answers longer than the target's context, no test prompts, a draft that does not fit the target, or
+            an evaluation that was begun with other settings, draft or prompts.
         Interrupted: a signal came; the pairs so far are kept.
     """
-    check(settings.eval)
     folder = run_dir / "eval"
     stage = Stage("eval", run_dir, folder, _inputs(settings, run_dir, target))
     if stage.begun() and (folder / "eval.json").exists():
@@ -98,24 +97,6 @@ def evaluate(settings: Settings, run_dir: Path, target: Target) -> None:
             progress.advance(2, sum(len(trace.ids) for trace in pair))
             stop.check(f"{number + 1} of {len(jobs)} prompts are answered")
     write_atomic(folder / "eval.json", encode_json(_description(settings, run_dir, target, draft)))
-
-
-def check(settings: EvalSettings) -> None:
-    """Refuse settings that mean nothing."""
-    for name in ("chain", "prompts", "max_new_tokens"):
-        value = dataclasses.asdict(settings)[name]
-        if value < 1:
-            raise UserError(f"eval.{name}", value, "nothing to measure", "give 1 or more")
-    if not settings.temperatures or min(settings.temperatures) < 0:
-        raise UserError(
-            "eval.temperatures", list(settings.temperatures), "not temperatures", "give one or more, from 0 on"
-        )
-    for name, value, known in (
-        ("sampling", settings.sampling, ("sampled", "greedy")),
-        ("dtype", settings.dtype, DTYPES),
-    ):
-        if value not in known:
-            raise UserError(f"eval.{name}", value, "not supported", f"choose one of {', '.join(known)}")
 
 
 def _inputs(settings: Settings, run_dir: Path, target: Target) -> dict[str, Json]:

@@ -70,8 +70,8 @@ def load_draft(folder: Path) -> Eagle3Draft:
 
     Raises:
         UserError: a file is missing or damaged; the configuration lacks a setting, contradicts itself or describes
-            another kind of head; a tensor is missing, unknown, or has another shape or type than the configuration
-            says; or the draft vocabulary is no part of the target's.
+            another kind of head; a tensor is missing, unknown, not finite, or has another shape or type than the
+            configuration says; or the draft vocabulary is no part of the target's.
     """
     config = _from_json(folder / CONFIG, _read_config(folder / CONFIG))
     path = folder / WEIGHTS
@@ -148,6 +148,8 @@ def _from_json(path: Path, config: dict[str, Any]) -> DraftConfig:
     if rope != {"rope_type": "default", "rope_theta": config["rope_theta"]}:
         problem = f"rope_parameters is {rope}, and it must be plain and agree with rope_theta {config['rope_theta']}"
         raise UserError("draft", path, problem, REMEDY)
+    if (scaling := config.get("rope_scaling")) is not None:
+        raise UserError("draft", path, f"rope_scaling is {scaling}, and only plain RoPE is supported", REMEDY)
     read = DraftConfig(target_layers=tuple(outputs), **values)
     if read.num_heads % read.num_kv_heads or read.head_dim % 2:
         problem = f"it has {read.num_heads} heads over {read.num_kv_heads} key/value heads of width {read.head_dim}"
@@ -187,6 +189,8 @@ def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
     if not fits:
         kind = "a floating-point type" if wanted.is_floating_point() else str(wanted.dtype)
         raise UserError("draft", path, f"{name} has type {found.dtype}, and it must have {kind}", REMEDY)
+    if wanted.is_floating_point() and not found.isfinite().all():
+        raise UserError("draft", path, f"{name} holds values that are not finite", REMEDY)
 
 
 def _check_vocabulary(path: Path, d2t: Tensor, t2d: Tensor) -> None:

@@ -256,6 +256,11 @@ CONFIGURATIONS: list[tuple[str, object, str]] = [
         ABSENT,
         f"rope_parameters is None, and it must be plain and agree with rope_theta 500000.0; {HEAD}",
     ),
+    (
+        "rope_scaling",
+        {"rope_type": "yarn", "factor": 4.0},
+        f"rope_scaling is {{'rope_type': 'yarn', 'factor': 4.0}}, and only plain RoPE is supported; {HEAD}",
+    ),
     ("num_key_value_heads", 3, f"it has 4 heads over 3 key/value heads of width 6; {HEAD}"),
     ("head_dim", 5, f"it has 4 heads over 2 key/value heads of width 5; {HEAD}"),
     ("draft_vocab_size", 18, f"draft_vocab_size is 18 out of a vocabulary of 17; {HEAD}"),
@@ -346,6 +351,10 @@ def test_a_head_that_is_served_without_its_features_is_refused(folder: Path, fla
             torch.ones(12, dtype=torch.int8),
             f"norm.weight has type torch.int8, and it must have a floating-point type; {HEAD}",
         ),
+        *[
+            ("norm.weight", torch.tensor([1.0] * 11 + [wrong]), f"norm.weight holds values that are not finite; {HEAD}")
+            for wrong in (torch.nan, torch.inf)
+        ],
         (
             "d2t",
             torch.tensor([0, 2, 2, 8, 12], dtype=torch.int32),
