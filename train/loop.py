@@ -188,7 +188,7 @@ class Trainer:
 
     def _provenance(self) -> dict[str, Any]:
         target = self.store.manifest.target
-        kept = ("name", "revision", "weights_sha256", "dtype")
+        kept = ("name", "revision", "weights_sha256", "num_layers", "dtype")
         trained = self.best | {"objective": self.settings.train.objective, "ttt_steps": self.settings.train.ttt_steps}
         return {"eagle3_target": {key: target[key] for key in kept}, "eagle3_training": trained}
 

@@ -1,0 +1,237 @@
+"""Every format read back as its engine reads it is the head that was trained; every known way to go wrong is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from eagle3.configs.errors import UserError
+from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.formats import FORMATS, Files, Origin, check, read_files, write
+
+CONFIG = DraftConfig(
+    hidden_size=12,
+    intermediate_size=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    vocab_size=17,
+    draft_vocab_size=5,
+    target_layers=(1, 23, 44),
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    max_positions=4096,
+)
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+TARGET = {"name": "maverick", "revision": None, "weights_sha256": "ab", "num_layers": 48, "dtype": "bfloat16"}
+ORIGIN = Origin(TARGET, {"step": 10}, 3)
+
+
+def random_draft(**changes: Any) -> Eagle3Draft:
+    torch.manual_seed(0)
+    config = replace(CONFIG, **changes)
+    mapped = config.draft_vocab_size < config.vocab_size
+    draft = Eagle3Draft(config, torch.tensor([0, 3, 4, 11, 16]) if mapped else None)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.normal_()
+    return draft
+
+
+def written(name: str, draft: Eagle3Draft) -> Files:
+    return write(name, draft, torch.float32, ORIGIN, "heads/mine")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": 17}])
+def test_every_format_says_what_was_trained(name: str, changes: dict[str, Any]) -> None:
+    draft = random_draft(**changes)
+    assert check(name, written(name, draft), draft, ORIGIN) == []
+
+
+@pytest.mark.parametrize("name", ["hf", "vllm", "speculators"])
+@pytest.mark.parametrize("changes", [{"fc_norm": True}, {"norm_output": True}])
+def test_flags_of_eagle_3_1_are_said(name: str, changes: dict[str, Any]) -> None:
+    draft = random_draft(**changes)
+    files = written(name, draft)
+    assert check(name, files, draft, ORIGIN) == []
+    assert check(name, files, random_draft(), ORIGIN)
+
+
+@pytest.mark.parametrize("name", ["sglang", "trtllm", "eagle"])
+def test_engines_without_the_flags_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is not known to run EAGLE-3.1's flags, .*; choose hf, vllm or speculators"):
+        written(name, random_draft(fc_norm=True))
+
+
+def test_an_engine_of_fixed_layers_is_refused_others() -> None:
+    with pytest.raises(UserError, match=r"it always captures layers \[1, 23, 44\]; .* trained on \[2, 23, 44\]"):
+        written("eagle", random_draft(target_layers=(2, 23, 44)))
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "ids"),
+    [
+        ("hf", (LAYER_IDS,), [2, 24, 45]),
+        ("hf", ("eagle_config", LAYER_IDS), [1, 23, 44]),
+        ("vllm", (LAYER_IDS,), [2, 24, 45]),
+        ("sglang", ("eagle_config", LAYER_IDS), [1, 23, 44]),
+        ("speculators", (LAYER_IDS,), [2, 24, 45]),
+    ],
+)
+def test_layers_are_numbered_as_the_engine_numbers_them(name: str, where: tuple[str, ...], ids: list[int]) -> None:
+    found: Any = written(name, random_draft()).config
+    for key in where:
+        found = found[key]
+    assert found == ids
+
+
+def test_tensorrt_llm_reads_them_in_its_options() -> None:
+    assert written("trtllm", random_draft()).texts == {
+        "trtllm.yaml": "speculative_config:\n  decoding_type: Eagle3\n  max_draft_len: 3\n"
+        "  speculative_model: heads/mine\n  eagle3_layers_to_capture: [1, 23, 44]\n"
+    }
+
+
+# --- pitfalls, planted one by one
+
+Plant = Callable[[Files], None]
+
+
+def shift(files: Files) -> None:
+    if LAYER_IDS in files.config:
+        files.config[LAYER_IDS] = [layer - 1 for layer in files.config[LAYER_IDS]]
+    else:
+        inner = files.config["eagle_config"]
+        inner[LAYER_IDS] = [layer + 1 for layer in inner[LAYER_IDS]]
+
+
+def shift_in_options(files: Files) -> None:
+    files.texts["trtllm.yaml"] = files.texts["trtllm.yaml"].replace("[1, 23, 44]", "[2, 24, 45]")
+
+
+def absolute_ids(files: Files) -> None:
+    files.tensors["d2t"] = files.tensors["d2t"] + torch.arange(5)
+
+
+def without_tensor(name: str) -> Plant:
+    return lambda files: files.tensors.__delitem__(name) if name in files.tensors else None
+
+
+def without_key(*names: str) -> Plant:
+    def plant(files: Files) -> None:
+        for config in (files.config, files.config.get("transformer_layer_config", {})):
+            for name in names:
+                config.pop(name, None)
+
+    return plant
+
+
+def with_key(name: str, value: Any) -> Plant:
+    return lambda files: files.config.__setitem__(name, value)
+
+
+def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Plant:
+    return lambda files: files.tensors.__setitem__(name, change(files.tensors[name]))
+
+
+UNKNOWN = torch.zeros(2)
+PITFALLS: list[tuple[str, Plant, str]] = [
+    (
+        "vllm",
+        shift,
+        "it will capture the outputs of layers [0, 22, 43], and the head was trained on [1, 23, 44] (number",
+    ),
+    (
+        "speculators",
+        shift,
+        "it will capture the outputs of layers [0, 22, 43], and the head was trained on [1, 23, 44]",
+    ),
+    (
+        "sglang",
+        shift,
+        "it will capture the outputs of layers [2, 24, 45], and the head was trained on [1, 23, 44] (number",
+    ),
+    (
+        "trtllm",
+        shift_in_options,
+        "it will capture the outputs of layers [2, 24, 45], and the head was trained on [1, 23",
+    ),
+    *[
+        fault
+        for name in FORMATS
+        for fault in (
+            (name, absolute_ids, "d2t holds target ids, and it adds the draft id to each: write target id - draft id"),
+            (name, without_tensor("d2t"), "there is no d2t, so it takes draft ids for target ids"),
+            (name, without_tensor("lm_head.weight"), "there is no lm_head.weight, which it leaves uninitialised"),
+            (
+                name,
+                without_key("rope_theta", "rope_parameters"),
+                "it reads rope_theta, which the file does not say, as 10000",
+            ),
+            (name, without_key("rms_norm_eps"), "it reads rms_norm_eps, which the file does not say, as 1e-06"),
+            (name, without_key("eagle3_target"), "there is no eagle3_target: which target it was trained on"),
+            (
+                name,
+                with_key("eagle3_target", TARGET | {"dtype": "float8"}),
+                "eagle3_target.dtype is float8, and the target of this run has bfloat16",
+            ),
+            (
+                name,
+                with_tensor("norm.weight", lambda tensor: tensor[:4].clone()),
+                "norm.weight has shape [4], and the head's is [12]",
+            ),
+            (
+                name,
+                with_tensor("norm.weight", lambda tensor: tensor.to(torch.int64)),
+                "norm.weight has type torch.int64, and the head's is torch.float32",
+            ),
+            (name, with_tensor("fc.weight", lambda tensor: tensor.flip(1)), "fc.weight is not the head's"),
+            (name, lambda files: files.tensors.update({"model.gate": UNKNOWN}), "it drops model.gate without a word"),
+        )
+    ],
+    ("vllm", with_key("norm_before_residual", True), "it reads norm_before_residual as True, and the head was trained"),
+    (
+        "speculators",
+        without_key("norm_before_residual"),
+        "it reads norm_before_residual, which the file does not say, as",
+    ),
+    ("vllm", with_key("norm_output", True), "it reads norm_output as True, and the head was trained with False"),
+    ("vllm", with_key("head_dim", 3), "it reads head_dim as 3, and the head was trained with 6"),
+    (
+        "sglang",
+        with_key("architectures", ["Eagle3LlamaForCausalLM"]),
+        "architectures is ['Eagle3LlamaForCausalLM'], and",
+    ),
+    ("vllm", with_key("model_type", "llama4"), "model_type is llama4, and a head is a llama"),
+    (
+        "vllm",
+        with_key("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
+        "it reads a RoPE of type linear, and the head was trained with the plain one",
+    ),
+    ("speculators", lambda files: _back(files), "there is no layers.0.mlp.down_proj.weight, which it leaves"),
+]
+
+
+def _back(files: Files) -> None:
+    renamed = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in files.tensors.items()}
+    files.tensors.clear()
+    files.tensors.update(renamed)
+
+
+@pytest.mark.parametrize(("name", "plant", "said"), PITFALLS)
+def test_a_pitfall_is_told(name: str, plant: Plant, said: str) -> None:
+    draft = random_draft()
+    files = written(name, draft)
+    plant(files)
+    found = check(name, files, draft, ORIGIN)
+    assert any(said in fault for fault in found), found
+
+
+def test_folders_without_a_head_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config.json: there is no such file"):
+        read_files(tmp_path)
