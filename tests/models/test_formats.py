@@ -12,6 +12,7 @@ import torch
 from eagle3.configs.errors import UserError
 from eagle3.models.draft import DraftConfig, Eagle3Draft
 from eagle3.models.formats import FORMATS, Files, Origin, check, read_files, write
+from torch import Tensor
 
 CONFIG = DraftConfig(
     hidden_size=12,
@@ -235,3 +236,67 @@ def test_a_pitfall_is_told(name: str, plant: Plant, said: str) -> None:
 def test_folders_without_a_head_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config.json: there is no such file"):
         read_files(tmp_path)
+
+
+# --- another reader
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Half-split RoPE of ``[N, W]`` at one position."""
+    half = x.shape[-1] // 2
+    angle = torch.tensor([position * theta ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=x.dtype)
+    low, high = x[:, :half], x[:, half:]
+    return torch.cat((low * angle.cos() - high * angle.sin(), low * angle.sin() + high * angle.cos()), -1)
+
+
+def oracle(files: Files, features: Tensor, embedded: Tensor, steps: int) -> list[Tensor]:
+    """Logits of a chain behind the last row, from the published description alone: one row, one head at a time.
+
+    ``features [T, F, H]``; ``embedded [T + steps - 1, H]``: what follows each row, then what is drafted.
+    """
+    config, weight = files.config, {name: tensor.double() for name, tensor in files.tensors.items()}
+    heads, shared, eps = config["num_attention_heads"], config["num_key_value_heads"], config["rms_norm_eps"]
+    layer, found = "midlayer.", []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    h = y = torch.empty(0)
+    for position in range(len(features) + steps - 1):
+        h = weight["fc.weight"] @ features[position].flatten() if position < len(features) else y
+        parts = (
+            rms_norm(embedded[position], weight[layer + "input_layernorm.weight"], eps),
+            rms_norm(h, weight[layer + "hidden_norm.weight"], eps),
+        )
+        x = torch.cat(parts)
+        project = {name: weight[f"{layer}self_attn.{name}_proj.weight"] @ x for name in "qkv"}
+        query = rotate(project["q"].view(heads, -1), position, config["rope_theta"])
+        keys.append(rotate(project["k"].view(shared, -1), position, config["rope_theta"]))
+        values.append(project["v"].view(shared, -1))
+        attended = []
+        for head in range(heads):
+            at = head * shared // heads
+            scores = torch.stack([query[head] @ key[at] for key in keys]) / query.shape[-1] ** 0.5
+            attended.append(sum(w * value[at] for w, value in zip(scores.softmax(0), values, strict=True)))
+        y = h + weight[layer + "self_attn.o_proj.weight"] @ torch.cat(attended)
+        inner = rms_norm(y, weight[layer + "post_attention_layernorm.weight"], eps)
+        gate, up = (weight[f"{layer}mlp.{name}_proj.weight"] @ inner for name in ("gate", "up"))
+        y = y + weight[layer + "mlp.down_proj.weight"] @ (gate * gate.sigmoid() * up)
+        found.append(weight["lm_head.weight"] @ rms_norm(y, weight["norm.weight"], eps))
+    return found[-steps:]
+
+
+def test_a_reader_made_from_the_description_computes_our_logits() -> None:
+    draft, steps, rows = random_draft().double(), 3, 7
+    features, embedded = torch.randn(rows, 3, 12).double(), torch.randn(rows + steps - 1, 12).double()
+    theirs = oracle(write("eagle", draft, torch.float64, ORIGIN, ""), features, embedded, steps)
+    cache, positions = draft.new_cache(1, 32), torch.arange(32)[None]
+    with torch.no_grad():
+        y = draft.decode(embedded[None, :rows], draft.combine(features)[None], positions[:, :rows], cache)[:, -1:]
+        for step in range(steps):
+            torch.testing.assert_close(theirs[step], draft.logits(y)[0, 0], rtol=1e-10, atol=1e-10)
+            at = rows + step
+            if step + 1 < steps:
+                y = draft.decode(embedded[None, at : at + 1], draft.feedback(y), positions[:, at : at + 1], cache)

@@ -26,8 +26,10 @@ from eagle3.data.conversations import read_conversations
 from eagle3.eval.serving import LiveEngine, Served, ask, decode_all, differences
 from eagle3.models.checkpoint import load_draft, save_draft
 from eagle3.models.draft import Eagle3Draft
+from eagle3.models.rollout import RolloutBatch, rollout
 from eagle3.models.start import feature_scale
 from eagle3.models.target import Target, load_target
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.serving
 
@@ -239,3 +241,29 @@ def test_what_files_cannot_tell_shows_in_the_acceptance(
     found = differences(target, some, ours, theirs)
     assert found
     assert all(line.startswith(("position", "it took")) for line in found)
+
+
+def test_the_speculators_package_computes_our_logits(run: Path, target: Target, tmp_path: Path) -> None:
+    """A reader that we did not write, over a rollout of three steps."""
+    head, draft = tmp_path / "head", load_draft(run / "draft").eval()
+    assert main(["export", str(run), "--format", "speculators", "--out", str(head)]) == 0
+    ids = torch.randint(10, 2000, (1, 40), generator=torch.Generator().manual_seed(0))
+    seen, embedding = target.forward(ids), target.head.embedding.float().contiguous()
+    given = {
+        "features": seen.features[0, :-1].flatten(1).clone(),
+        "next_ids": ids[0, 1:].clone(),
+        "embedding": embedding,
+    }
+    save_file(given, tmp_path / "given")
+    script = Path(__file__).with_name("read_speculators.py")
+    command = [str(PYTHON), str(script), str(head), str(ROOT / "models" / "embedded"), "given", "out"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    theirs = load_file(tmp_path / "out")
+    assert torch.equal(theirs["d2t"], draft.d2t)
+    batch = RolloutBatch(
+        ids, torch.ones_like(ids, dtype=torch.bool), seen.features, seen.last_hidden, torch.tensor([40])
+    )
+    with torch.no_grad():
+        for step, output in enumerate(rollout(draft, embedding, batch, 3)):
+            logits = theirs[str(step)][output.rows[:, 1]]
+            torch.testing.assert_close(logits, draft.logits(output.y), rtol=1e-5, atol=1e-4)
