@@ -27,7 +27,7 @@ from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
 from ..models.formats import FORMATS, PROVENANCE, Origin, engines_of, read_files, write
 from ..models.formats import check as check_files
-from ..models.target import DTYPES, load_target
+from ..models.target import DTYPES, load_target, location
 from . import tables
 from .serving import LiveEngine, ask, decode_all, differences
 
@@ -158,7 +158,7 @@ def card(run: Path, name: str, out: Path, head: Head) -> str:
     """The model card: how to serve the head, what it gains, and where it comes from."""
     target, training, config = head.origin.target, head.origin.training, head.draft.config
     launch = LAUNCH[name].format(
-        target=target["name"], folder=out, chain=head.origin.chain, nodes=head.origin.chain + 1
+        target=location(target["name"]), folder=out, chain=head.origin.chain, nodes=head.origin.chain + 1
     )
     front = {"base_model": target["name"], "tags": ["eagle3", "speculative-decoding"]}
     facts = [

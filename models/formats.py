@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 from ..configs.errors import UserError
 from .checkpoint import ARCHITECTURE, CONFIG, FIELDS, LAYER_IDS, WEIGHTS, config_of, read_config, read_tensors
 from .draft import DraftConfig, Eagle3Draft
+from .target import location
 
 TRTLLM_OPTIONS = "trtllm.yaml"
 OURS, THEIRS = "midlayer.", "layers.0."  # what the one decoder layer is called
@@ -256,7 +257,7 @@ def _for_speculators(files: Files, origin: Origin, folder: str) -> Files:
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
             "proposal_methods": [greedy],
-            "verifier": {"name_or_path": origin.target["name"], "architectures": []},
+            "verifier": {"name_or_path": location(origin.target["name"]), "architectures": []},
         },
         "tie_word_embeddings": False,
         **{key: files.config[key] for key in sorted(moved)},

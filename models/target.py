@@ -147,6 +147,11 @@ class Target:
         return generate(self, prompts, temperatures, max_new_tokens, seeds)
 
 
+def location(path: str) -> str:
+    """Where a target's files are: ``path``, or the folder of the model that ships if it is "embedded"."""
+    return str(EMBEDDED) if path == "embedded" else path
+
+
 def load_target(settings: TargetSettings) -> Target:
     """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
 
@@ -158,7 +163,7 @@ def load_target(settings: TargetSettings) -> Target:
         raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    path = str(EMBEDDED) if settings.path == "embedded" else settings.path
+    path = location(settings.path)
     is_path = Path(path).is_absolute() or path.startswith(".")
     if is_path and not (Path(path) / "config.json").is_file():
         raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from eagle3.cli import main
 from eagle3.configs import loader
 from eagle3.configs.settings import Settings
 from eagle3.models.checkpoint import load_draft
+from eagle3.models.formats import FORMATS
 from eagle3.train import loop
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +69,8 @@ def test_two_processes_train_what_one_trains(
     ours, theirs = load_draft(run_dir / "draft"), load_draft(alone / "draft")
     assert ours.config == theirs.config
     assert ours.draft_ids.equal(theirs.draft_ids)
+    for form in FORMATS:  # an optimiser-sharded head exports with every tensor and buffer: the export checks itself
+        assert main(["export", str(run_dir), "--format", form, "--out", str(run_dir / form)]) == 0
     assert json.loads((run_dir / "train" / "done.json").read_text())["steps"] == len(losses(alone)) - len(
         [line for line in (alone / "train" / "metrics.jsonl").read_text().splitlines() if "validation" in line]
     )
