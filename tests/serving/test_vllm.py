@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-serving" / "bin" / "python"
 CHAIN = 5
 PROMPTS = 104
-MOST = 48  # tokens of an answer
+MOST = 32  # tokens of an answer
 START_S = 240
 
 Serve = Callable[[Path], AbstractContextManager[LiveEngine]]
