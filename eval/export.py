@@ -21,7 +21,7 @@ from ..configs.loader import load
 from ..configs.settings import Settings
 from ..data.chat import prompt_ids
 from ..data.conversations import read_conversations
-from ..data.files import encode_json, file_sha256, unwritable, write_atomic
+from ..data.files import encode_json, file_sha256, write_atomic
 from ..data.progress import Progress
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
@@ -108,7 +108,8 @@ def export(run: Path, name: str, out: Path) -> None:
             out.rmdir()
         part.rename(out)
     except OSError as error:
-        raise unwritable(out, error) from error
+        problem = f"it cannot be written ({error.strerror})"
+        raise UserError("--out", out, problem, "choose a folder with free space that you may write to") from error
     check(run, name, out)
 
 

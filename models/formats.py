@@ -7,8 +7,8 @@ Engines load a wrong head without a word: a missing key takes a default, a key o
 files are not compared with what we would write. They are read as the engine reads them, defaults and all, and what
 comes out is compared with the head that was trained.
 
-What is said of engines here was read in vLLM 0.32, which the tests run, speculators 0.9, SGLang 0.5.23, TensorRT-LLM
-1.3 and SafeAILab's EAGLE. Ours numbers a captured layer by its output, 0-based; an engine that numbers it by its input
+What is said here of vLLM 0.32 and speculators 0.9 was read in their code, and tests run both. Of TensorRT-LLM it comes
+from its documentation, of SGLang 0.5.23 and SafeAILab's EAGLE from descriptions of their loaders; none of these was run. Ours numbers a captured layer by its output, 0-based; an engine that numbers it by its input
 says one more.
 """
 

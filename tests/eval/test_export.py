@@ -67,6 +67,10 @@ def test_a_head_that_was_changed_is_told(trained: Path, tmp_path: Path, capsys: 
         (["--format", "vlm", "--out", "x"], "--format = vlm: there is no such format; did you mean vllm?"),
         (["--format", "gguf", "--out", "x"], "--format = gguf: there is no such format; choose one of hf, vllm, "),
         (["--format", "hf", "--out", "."], "--out = .: something stands there; choose a new folder"),
+        (
+            ["--format", "hf", "--out", "config.yaml/x"],
+            "--out = config.yaml/x: it cannot be written (Not a directory); ",
+        ),
         (["--format", "hf", "--out", "x", "--check"], "draft = x/config.json: there is no such file; "),
         (
             ["--format", "hf", "--out", "x", "--against", "y"],
