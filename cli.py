@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     exports.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
     exports.add_argument("--out", metavar="DIR", type=Path, required=True, help="the head's folder, for the engine")
     exports.add_argument("--check", action="store_true", help="check DIR and write nothing; exit code 3 if it is wrong")
-    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL (vLLM)")
+    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL")
     prompts = "test prompts to compare, fewer where the run has not as many; default %(default)s"
     exports.add_argument("--prompts", metavar="N", type=int, default=100, help=prompts)
     imported = commands.add_parser(
