@@ -84,8 +84,10 @@ class Trainer:
         head = store.head()
         states, tokens = some_states(store)
         if warm is None:
-            vocabulary = store.draft_vocabulary(settings.draft.vocab_size).ids
-            draft = Eagle3Draft(draft_config(settings.draft, store), vocabulary)
+            vocabulary = store.draft_vocabulary(settings.draft.vocab_size)
+            if accelerator.is_main_process:
+                print(vocabulary, flush=True)
+            draft = Eagle3Draft(draft_config(settings.draft, store), vocabulary.ids)
             begin(draft, head, states, tokens)
         else:
             draft = warm
