@@ -10,6 +10,7 @@ module             what it does
 ``regenerate``     stage 2: let the target answer them
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``store``          the contract with the trainer: shards, manifest, reader
+``spool``          the same, read while it is recorded and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
 =================  ======================================================================================
