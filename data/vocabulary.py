@@ -105,13 +105,17 @@ def draft_ids(counts: Tensor, size: int) -> Tensor | None:
     Raises:
         UserError: ``size`` is larger than the target's vocabulary, or not positive.
     """
-    vocab_size = len(counts)
+    check_draft_size(size, len(counts))
+    if size == len(counts):
+        return None
+    return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def check_draft_size(size: int, vocab_size: int) -> None:
+    """Refuse a draft vocabulary that a target of ``vocab_size`` tokens cannot have."""
     if not 1 <= size <= vocab_size:
         problem = f"the target has a vocabulary of {vocab_size}"
         raise UserError("draft.vocab_size", size, problem, f"give 1 to {vocab_size}")
-    if size == vocab_size:
-        return None
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def choose_vocabulary(said: TokenCounts, size: int) -> DraftVocabulary:

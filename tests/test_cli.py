@@ -148,7 +148,7 @@ def test_the_target_is_loaded_once_and_only_when_needed(pipeline: Pipeline, monk
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
+        ([], "command = (none): nothing to do; choose one of run, plan, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
         (["trian", "tiny"], "command = trian: there is no such command; did you mean train?"),
         (["xyz"], "command = xyz: there is no such command; choose one of run,"),
         (["train"], "the following arguments are required: CONFIG"),
