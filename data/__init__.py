@@ -13,6 +13,7 @@ module             what it does
 ``spool``          the same, read while it is recorded and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
+``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers
 =================  ======================================================================================
 
 Each stage reads files and writes files, can be killed at any moment and started again, and skips what is done.

@@ -41,7 +41,7 @@ class Activations(NamedTuple):
     mlp: int
     logits: int
     rest: int
-    transient: int  # the largest of what lives for one operation only
+    transient: int  # the largest of what does not outlive one part of the forward pass
 
 
 def parameters(config: DraftConfig) -> int:
@@ -103,15 +103,19 @@ def activation_bytes(config: DraftConfig, micro: Micro, steps: int, width: int) 
     hidden, draft_vocabulary = config.hidden_size, config.draft_vocab_size
     queries, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     scores = n * config.num_heads * length
-    norm = 2 * FLOAT32 + width  # what goes in and what is normalised, as float32, and what comes out
-    step = n * (3 * norm * hidden + 2 * width * hidden + 4 * width * queries + width * pairs)
-    once = tokens * (2 * norm * hidden + (2 + len(config.target_layers)) * width * hidden + 2 * width * pairs)
+    norm = 2 * FLOAT32 * hidden  # what goes in and what is normalised, as float32
+    inputs = 2 * norm + 2 * hidden * width  # of embedding and hidden state, and both side by side
+    once = tokens * (inputs + (3 + len(config.target_layers)) * hidden * width + 2 * pairs * width)
+    first = n * (2 * norm + 4 * hidden * width + 4 * queries * width)
+    later = n * (2 * norm + 2 * hidden * width + 4 * queries * width + inputs + pairs * width)
     return Activations(
         attention=steps * scores * width + n * length * width,
         mlp=steps * n * 4 * config.intermediate_size * width,
-        logits=steps * n * draft_vocabulary * width + n * draft_vocabulary * FLOAT32,
-        rest=steps * step + once,
-        transient=max(scores * (FLOAT32 + width), n * draft_vocabulary * (FLOAT32 + width)),
+        logits=steps * n * draft_vocabulary * width,
+        rest=once + first + (steps - 1) * later,
+        transient=max(
+            scores * (FLOAT32 + width), n * draft_vocabulary * (2 * FLOAT32 + width)
+        ),  # the teacher's among them
     )
 
 
