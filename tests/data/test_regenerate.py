@@ -25,15 +25,6 @@ ANSWERS, SUMMARY = Path("conversations/answers.jsonl"), Path("conversations/answ
 fork = multiprocessing.get_context("fork")
 
 
-@pytest.fixture
-def asked(run_dir: Path) -> Path:
-    """The run before it was answered."""
-    shutil.rmtree(run_dir / "store")
-    for name in (ANSWERS, SUMMARY, Path("conversations/regenerate.stage.json")):
-        (run_dir / name).unlink()
-    return run_dir
-
-
 def test_every_prompt_is_answered_once(finished: Path, tiny_target: Target) -> None:
     prompts = {prompt.id: prompt for prompt in read_conversations(finished / "conversations" / "prompts.jsonl")}
     answers = read_answers(finished / ANSWERS)
