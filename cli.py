@@ -81,7 +81,7 @@ STAGES = {
         ("run", "target", "prepare"),
     ),
     "regenerate": Stage(
-        "let the target answer them, in process or on servers",
+        "let the target answer the prompts, in process or on servers",
         lambda run: regenerate.regenerated(run.settings, run.folder),
         lambda run: regenerate.regenerate(run.settings, run.folder, run.answering),
         ("run", "target", "regenerate"),

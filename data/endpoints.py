@@ -54,25 +54,25 @@ class Refused(Exception):
 
 
 def completion_request(
-    model: str, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int | None = None
+    model: str, prompt: Sequence[int], max_tokens: int, temperature: float, seed: int
 ) -> dict[str, Any]:
     """The body of a request to ``/v1/completions`` for what the target itself says to ``prompt``, in token ids.
 
     Servers take what is left out from the target's generation_config.json, which may cut the distribution or punish
     repeats; so nothing is left out.
     """
-    body: dict[str, Any] = {
+    return {
         "model": model,
         "prompt": list(prompt),
         "max_tokens": max_tokens,
         "temperature": temperature,
+        "seed": seed,
         "top_p": 1.0,
         "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "return_token_ids": True,
     }
-    return body if seed is None else body | {"seed": seed}
 
 
 def backoff(attempt: int) -> float:

@@ -100,8 +100,7 @@ class Servers:
                 left -= len(found)
                 yield found
                 if not found and self._deserted():
-                    with self._changed:
-                        yield [job.failure() for _, _, job in self._queue if job.failed]
+                    yield self._half_done()
                     raise Incomplete(self._farewell(len(questions) - left, len(questions)))
         finally:
             with self._changed:
@@ -123,6 +122,11 @@ class Servers:
     def _deserted(self) -> bool:
         with self._changed:
             return not self._in_flight and time.monotonic() - self._success_at > self._settings.timeout_s
+
+    def _half_done(self) -> list[Answer | Failure]:
+        """The conversations that have failed, if not yet for good."""
+        with self._changed:
+            return [job.failure() for _, _, job in self._queue if job.failed]
 
     def _farewell(self, done: int, asked: int) -> str:
         words = "; ".join(standing.words for standing in self._standings)

@@ -75,7 +75,7 @@ def test_vllm_answers_as_the_target_in_process(url: str, tmp_path: Path) -> None
 
 
 def test_what_vllm_samples_depends_on_the_seed_alone(url: str, tmp_path: Path) -> None:
-    warm = ["regenerate.temperatures=1.0", f"regenerate.endpoints={url}"]
+    warm = ["regenerate.temperatures=1.0", f"regenerate.endpoints={url}", "regenerate.max_new_tokens=16"]
     first, other = (answers(tmp_path / name, *warm, "run.seed=1") for name in ("first", "other"))
     assert first == other
     train = [name for name, answer in first.items() if answer.split == "train"]
