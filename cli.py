@@ -26,13 +26,14 @@ from .configs.settings import Settings
 
 if TYPE_CHECKING:
     from .data import inspection, prepare, record, regenerate
-    from .eval import export, report
+    from .eval import export, imports, report
     from .eval import stage as evaluation
     from .models import target as targets
     from .train import loop
 else:
     inspection = Lazy("eagle3.data.inspection")
     export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
+    imports = Lazy("eagle3.eval.imports")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
     record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
@@ -109,6 +110,7 @@ OTHERS = {
     "run": "all stages in order, skipping those that are complete",
     "inspect": "what a recorded store holds, and whether it is whole",
     "export": "write a run's head in the format of a serving engine, or check one that was written",
+    "import": "make a head that another trainer wrote fit to be evaluated and trained on",
     "report": "make reports again, or set several runs side by side",
 }
 
@@ -120,6 +122,13 @@ Every export is read back as the engine will read it, defaults and all, and comp
 --check does that alone. With --against it also asks a live engine for greedy answers to test prompts, and compares its
 tokens, and how many drafted ones it accepted at each position, with our own decoder's; nobody else may use the engine
 meanwhile."""
+IMPORT = """\
+Make a head of ours of one that another trainer wrote, from a folder or the hub: what the engine of its format would
+compute from the same files. What these do not say (layers, RoPE, which norms) is taken as that engine takes it, and listed.
+
+  eagle3 import nvidia/Llama-4-Maverick-17B-128E-Eagle3 maverick --format trtllm --out heads/nvidia
+  eagle3 eval maverick eval.draft=heads/nvidia            # what it is worth
+  eagle3 train maverick train.warm_start=heads/nvidia     # go on from it"""
 FORMATS = """\
 formats:
   hf           portable: vLLM, SGLang and TensorRT-LLM read it as it is
@@ -137,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    commands = ["run", *STAGES, "inspect", "export", "report"]
+    commands = ["run", *STAGES, "inspect", "export", "import", "report"]
     if not arguments:
         raise UserError("command", "(none)", "nothing to do", f"choose one of {', '.join(commands)}, or --help")
     if not arguments[0].startswith("-") and arguments[0] not in commands:
@@ -153,6 +162,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
             print(inspection.inspect(parsed.store, parsed.verify))
         case "export":
             export_head(parsed)
+        case "import":
+            imports.import_head(parsed.head, load(parsed.config, parsed.overrides), parsed.format, parsed.out)
         case "report":
             report_runs(parsed.runs)
         case command:
@@ -229,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
-        overrides = "settings that take the place of the recipe's"
-        command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
+        _add_recipe(command)
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
     inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
@@ -246,9 +255,23 @@ def _parser() -> argparse.ArgumentParser:
     exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL (vLLM)")
     prompts = "test prompts to compare, fewer where the run has not as many; default %(default)s"
     exports.add_argument("--prompts", metavar="N", type=int, default=100, help=prompts)
+    imported = commands.add_parser(
+        "import", help=OTHERS["import"], description=IMPORT, epilog=FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    imported.add_argument("head", metavar="HEAD", help="the head's folder or hub name")
+    _add_recipe(imported)
+    imported.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
+    imported.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder")
     reports = commands.add_parser("report", help=OTHERS["report"], allow_abbrev=False)
     reports.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
     return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
+    overrides = "settings that take the place of the recipe's"
+    command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
 
 
 def explain(sections: Sequence[str]) -> str:

@@ -142,6 +142,8 @@ class TrainSettings:
     """Share of the steps in which the learning rate rises; it then falls to zero along a cosine."""
     clip: float = 0.5
     """Largest gradient norm."""
+    warm_start: str | None = None
+    """Folder of a head to go on from, such as a run's draft/ or one that `eagle3 import` wrote; its vocabulary is kept."""
     validate_every: int = 100
     """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
     keep_checkpoints: int = 2
@@ -154,6 +156,8 @@ class TrainSettings:
 class EvalSettings:
     """What is measured, and with which drafting."""
 
+    draft: str | None = None
+    """Folder of the head to evaluate, such as one that `eagle3 import` wrote; default the run's own."""
     chain: int = 5
     """Drafted tokens per round."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)

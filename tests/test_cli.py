@@ -157,7 +157,7 @@ def test_where_servers_answer_no_weights_are_loaded(pipeline: Pipeline, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, export, report, or --help"),
+        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
         (["trian", "tiny"], "command = trian: there is no such command; did you mean train?"),
         (["xyz"], "command = xyz: there is no such command; choose one of run,"),
         (["train"], "the following arguments are required: CONFIG"),

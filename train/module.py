@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..configs.errors import UserError
-from ..configs.settings import DraftSettings, TrainSettings
+from ..configs.settings import DraftSettings, Settings, TrainSettings
 from ..data.store import Store
+from ..models.checkpoint import load_draft
 from ..models.draft import DraftConfig, Eagle3Draft
 from ..models.rollout import RolloutBatch, StepOutput, rollout
 from .objective import StepResult, objective, weighted
@@ -50,6 +53,31 @@ def parameter_groups(draft: Eagle3Draft, scale: Tensor) -> list[dict[str, Any]]:
     """
     rest = [parameter for name, parameter in draft.named_parameters() if name != "fc.weight"]
     return [{"params": rest, "scale": 1.0}, {"params": [draft.fc.weight], "scale": 1.0 / float(scale.mean())}]
+
+
+def warm_draft(settings: Settings, store: Store) -> Eagle3Draft:
+    """The head in ``train.warm_start``, with its own vocabulary.
+
+    Raises:
+        UserError: there is no head, or it is not of the shape that the recipe and the store ask for.
+    """
+    path = Path(settings.train.warm_start or "")
+    draft, wanted = load_draft(path), draft_config(settings.draft, store)
+    theirs = asdict(draft.config)
+    for key in ("hidden_size", "vocab_size", "target_layers"):
+        if theirs[key] != (recorded := getattr(wanted, key)):
+            problem = f"its {key} is {theirs[key]}, and the store's {recorded}"
+            raise UserError("train.warm_start", path, problem, "take a head for these recordings, or record for it")
+    chosen = {"vocab_size": "draft_vocab_size"}
+    differing = [
+        f"draft.{field.name}={theirs[key]}"
+        for field in fields(DraftSettings)
+        if theirs[key := chosen.get(field.name, field.name)] != getattr(wanted, key)
+    ]
+    if differing:
+        problem, remedy = "it has another shape than the recipe says", f"set {' '.join(differing)}"
+        raise UserError("train.warm_start", path, problem, remedy)
+    return draft
 
 
 def draft_config(chosen: DraftSettings, store: Store) -> DraftConfig:
