@@ -25,13 +25,14 @@ from .configs.loader import describe, load, recipes
 from .configs.settings import Settings
 
 if TYPE_CHECKING:
-    from .data import inspection, prepare, record, regenerate
+    from .data import inspection, plan, plan_table, prepare, record, regenerate
     from .eval import export, imports, report
     from .eval import stage as evaluation
     from .models import target as targets
     from .train import loop
 else:
     inspection = Lazy("eagle3.data.inspection")
+    plan, plan_table = Lazy("eagle3.data.plan"), Lazy("eagle3.data.plan_table")
     export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
     imports = Lazy("eagle3.eval.imports")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
@@ -108,6 +109,7 @@ STAGES = {
 }
 OTHERS = {
     "run": "all stages in order, skipping those that are complete",
+    "plan": "what a run will cost in tokens, disk, memory and hours, before anything of it starts",
     "inspect": "what a recorded store holds, and whether it is whole",
     "export": "write a run's head in the format of a serving engine, or check one that was written",
     "import": "make a head that another trainer wrote fit to be evaluated and trained on",
@@ -115,6 +117,11 @@ OTHERS = {
 }
 
 
+PLAN = """\
+Say what a run will cost before anything of it starts. Only the target's configuration is read.
+
+Tokens are those of the run's store or answers where it has them, else as many as the recipe's limits allow; hours are told
+for the speeds that are given. A disk that is too small is warned of, with exit code 0."""
 EXPORT = """\
 Write a run's head in the format of a serving engine, with a model card that says how to launch it.
 
@@ -146,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    commands = ["run", *STAGES, "inspect", "export", "import", "report"]
+    commands = ["run", "plan", *STAGES, "inspect", "export", "import", "report"]
     if not arguments:
         raise UserError("command", "(none)", "nothing to do", f"choose one of {', '.join(commands)}, or --help")
     if not arguments[0].startswith("-") and arguments[0] not in commands:
@@ -158,6 +165,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         remedy = f"write settings as section.name=value, after the recipe; see eagle3 {arguments[0]} --help"
         raise UserError("argument", unknown[0], "there is no such option", remedy)
     match parsed.command:
+        case "plan":
+            show_plan(parsed)
         case "inspect":
             print(inspection.inspect(parsed.store, parsed.verify))
         case "export":
@@ -202,6 +211,13 @@ def report_runs(folders: Sequence[Path]) -> None:
         print(folder / "eval" / "report.html")
 
 
+def show_plan(parsed: argparse.Namespace) -> None:
+    """Print what a recipe will cost, as a table or as JSON."""
+    speeds = plan.Speeds(parsed.answer_tokens_per_s, parsed.tokens_per_s, parsed.train_tokens_per_s)
+    made = plan.make_plan(load(parsed.config, parsed.overrides), speeds, parsed.gpus)
+    print(plan.to_json(made) if parsed.json else plan_table.render(made))
+
+
 def export_head(parsed: argparse.Namespace) -> None:
     """Write a run's head for an engine, or check what was written, in its files and in a live engine."""
     if parsed.against and not parsed.check:
@@ -241,6 +257,10 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         _add_recipe(command)
+    _add_plan(commands.add_parser(
+        "plan", help=OTHERS["plan"], description=PLAN, epilog=explain(every),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))  # fmt: skip
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
     inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
@@ -252,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     exports.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
     exports.add_argument("--out", metavar="DIR", type=Path, required=True, help="the head's folder, for the engine")
     exports.add_argument("--check", action="store_true", help="check DIR and write nothing; exit code 3 if it is wrong")
-    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL (vLLM)")
+    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL")
     prompts = "test prompts to compare, fewer where the run has not as many; default %(default)s"
     exports.add_argument("--prompts", metavar="N", type=int, default=100, help=prompts)
     imported = commands.add_parser(
@@ -272,6 +292,19 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
     overrides = "settings that take the place of the recipe's"
     command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    for option, text in (
+        ("--answer-tokens-per-s", "at which the target answers"),
+        ("--tokens-per-s", "at which it is recorded"),
+        ("--train-tokens-per-s", "at which the head trains"),
+    ):
+        command.add_argument(option, metavar="N", type=float, help=f"tokens a second, over all GPUs, {text}")
+    gpus = "GPUs that hold the target together, and that train; default %(default)s"
+    command.add_argument("--gpus", metavar="N", type=int, default=8, help=gpus)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def explain(sections: Sequence[str]) -> str:

@@ -157,7 +157,7 @@ def test_where_servers_answer_no_weights_are_loaded(pipeline: Pipeline, monkeypa
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
+        ([], "command = (none): nothing to do; choose one of run, plan, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
         (["trian", "tiny"], "command = trian: there is no such command; did you mean train?"),
         (["xyz"], "command = xyz: there is no such command; choose one of run,"),
         (["train"], "the following arguments are required: CONFIG"),
@@ -193,13 +193,13 @@ def test_several_runs_are_compared(pipeline: Pipeline, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "\ncomparison of a, b\n\nruns/a/eval/report.html\nruns/b/eval/report.html\n"
 
 
-@pytest.mark.parametrize("command", ["run", *cli.STAGES])
+@pytest.mark.parametrize("command", ["run", "plan", *cli.STAGES])
 def test_help_explains_every_setting_that_matters(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    sections = describe() if command == "run" else cli.STAGES[command].sections
+    sections = describe() if command in ("run", "plan") else cli.STAGES[command].sections
     for setting in (setting for section in sections for setting in describe()[section]):
         assert f"{setting.name}={setting.default} {setting.text}" in words
 
@@ -208,7 +208,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = capsys.readouterr().out
-    assert all(f"\n    {command}" in said for command in ("run", *cli.STAGES, "inspect", "report"))
+    assert all(f"\n    {command}" in said for command in ("run", "plan", *cli.STAGES, "inspect", "report"))
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

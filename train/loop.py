@@ -29,11 +29,12 @@ from ..data.store import MANIFEST, Store
 from ..models.checkpoint import WEIGHTS
 from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, supervised
+from ..models.shapes import draft_config
 from ..models.start import begin, feature_scale
 from . import checkpoint
 from .batches import Batch, Schedule, collate, divide, load, some_states
 from .launch import any_rank, gather_parameters, make_accelerator
-from .module import Trained, TrainingTimeTest, draft_config, parameter_groups, warm_draft
+from .module import Trained, TrainingTimeTest, parameter_groups, warm_draft
 from .progress import TrainProgress
 from .validate import Tally, Validation, validation_parts
 
@@ -84,8 +85,10 @@ class Trainer:
         head = store.head()
         states, tokens = some_states(store)
         if warm is None:
-            vocabulary = store.draft_vocabulary(settings.draft.vocab_size).ids
-            draft = Eagle3Draft(draft_config(settings.draft, store), vocabulary)
+            vocabulary = store.draft_vocabulary(settings.draft.vocab_size)
+            if accelerator.is_main_process:
+                print(vocabulary, flush=True)
+            draft = Eagle3Draft(draft_config(settings.draft, store.manifest.target), vocabulary.ids)
             begin(draft, head, states, tokens)
         else:
             draft = warm
