@@ -51,6 +51,16 @@ class Run:
         """The frozen model; seconds for a small one, minutes for a large one."""
         return targets.load_target(self.settings.target)
 
+    @cached_property
+    def text(self) -> targets.TargetText:
+        """Its tokenizer and the like, for which no weights are loaded."""
+        return targets.load_text(self.settings.target)
+
+    @property
+    def answering(self) -> targets.Target | targets.TargetText:
+        """The target, or its text alone where servers answer in its place."""
+        return self.text if self.settings.regenerate.endpoints else self.target
+
 
 class Stage(NamedTuple):
     """One stage as a command.
@@ -69,13 +79,13 @@ STAGES = {
     "prepare": Stage(
         "choose the prompts and split them",
         lambda run: prepare.prepared(run.settings, run.folder),
-        lambda run: prepare.prepare(run.settings, run.folder, run.target.tokenizer),
+        lambda run: prepare.prepare(run.settings, run.folder, run.text.tokenizer),
         ("run", "target", "prepare"),
     ),
     "regenerate": Stage(
-        "let the target answer them",
+        "let the target answer the prompts, in process or on servers",
         lambda run: regenerate.regenerated(run.settings, run.folder),
-        lambda run: regenerate.regenerate(run.settings, run.folder, run.target),
+        lambda run: regenerate.regenerate(run.settings, run.folder, run.answering),
         ("run", "target", "regenerate"),
     ),
     "record": Stage(

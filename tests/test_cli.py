@@ -140,9 +140,18 @@ def test_the_target_is_loaded_once_and_only_when_needed(pipeline: Pipeline, monk
     monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=loaded.append))
     assert cli.main(["run", "tiny"]) == 0
     assert loaded == []
-    pipeline.outcome = dict.fromkeys(("record", "eval"), lambda run: run.target)
+    pipeline.outcome = dict.fromkeys(("regenerate", "record", "eval"), lambda run: run.target)
     assert cli.main(["run", "tiny"]) == 0
     assert loaded == [load("tiny").target]
+
+
+def test_where_servers_answer_no_weights_are_loaded(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=lambda _: "target", load_text=lambda _: "text"))
+    seen = []
+    pipeline.outcome = {"regenerate": lambda run: seen.append(run.answering)}
+    assert cli.main(["regenerate", "tiny"]) == 0
+    assert cli.main(["regenerate", "tiny", "regenerate.endpoints=http://a:8000,http://b:8000/v1"]) == 0
+    assert seen == ["target", "text"]
 
 
 @pytest.mark.parametrize(
