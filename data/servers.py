@@ -114,7 +114,10 @@ class Servers:
             while True:
                 result = self._results.get(timeout=0 if found else POLL_S)
                 if isinstance(result, BaseException):
-                    raise result
+                    if not found:
+                        raise result
+                    self._results.put(result)  # for the next look: what was found is kept
+                    return found
                 found.append(result)
         except Empty:
             return found
