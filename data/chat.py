@@ -18,6 +18,20 @@ from .conversations import Conversation
 from .files import sha256
 
 
+class TemplateRefusal(UserError):
+    """The target's chat template does not take these messages; ``reason`` is what it says."""
+
+    def __init__(self, conversation: Conversation, reason: str) -> None:
+        roles = ", ".join(message["role"] for message in conversation.messages)
+        super().__init__(
+            "prepare.prompts",
+            f'conversation "{conversation.id}" ({roles})',
+            f"the target's chat template refuses it: {reason}",
+            "change its messages or leave it out",
+        )
+        self.reason = reason
+
+
 class TokenizerHash(NamedTuple):
     """Hashes of what turns messages into ids."""
 
@@ -36,18 +50,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
     """The ids the target is given: ``messages`` and the header of the answer.
 
     Raises:
-        UserError: the chat template does not take these messages.
+        TemplateRefusal: the chat template does not take these messages.
     """
     try:
         ids = tokenizer.apply_chat_template(conversation.messages, add_generation_prompt=True, return_dict=False)
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in conversation.messages)
-        raise UserError(
-            "prepare.prompts",
-            f'conversation "{conversation.id}" ({roles})',
-            f"the target's chat template refuses it: {error}",
-            "change its messages or leave it out",
-        ) from None
+        raise TemplateRefusal(conversation, str(error)) from None
     return list(ids)
 
 
