@@ -7,7 +7,8 @@ the template makes of an answer, be it trimmed, stripped of its reasoning or fol
 what is supervised.
 
 A turn begins where the target would go on, behind the template's own generation prompt, and ends with its end-of-turn
-mark. A token belongs to it if all of its characters do: one that reaches over an edge also says what the target was given.
+mark. No token reaches over an edge: where the tokenizer would merge the end of what the target is given with the beginning
+of what it says, the text is cut, since nothing that the target says can change a token that it was given.
 """
 
 from __future__ import annotations
@@ -46,14 +47,11 @@ def masked(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Seque
             or it cannot be made out where a turn begins or ends, as where no special token ends it.
     """
     text, spans = turns(tokenizer, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).T
-    # Some tokenizers leave the space before a word out of its offsets; it belongs to the token all the same.
-    starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))
-    mask = np.zeros(len(starts), dtype=bool)
+    ids, starts = _encode(tokenizer, text, [edge for span in spans for edge in span])
+    loss_mask = np.zeros(len(ids), dtype=bool)
     for span in spans:
-        mask |= (starts >= span.start) & (ends <= span.end)
-    return Sequence(np.array(encoded["input_ids"], dtype=np.int32), mask)
+        loss_mask |= (starts >= span.start) & (starts < span.end)
+    return Sequence(ids, loss_mask)
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[Span]]:
@@ -75,6 +73,24 @@ def turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[
     )
     remedy = "mark that with {% generation %}, or end every answer with a special token"
     raise UserError("target.path", tokenizer.name_or_path, f"{problem} the assistant", remedy)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of ``text``, int32 ``[T]``, of which none reaches over an edge, and where each begins in it, ``[T]``."""
+    cuts = {0, len(text)}
+    while True:
+        pieces = [
+            (start, tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True))
+            for start, end in itertools.pairwise(sorted(cuts))
+        ]
+        ids = np.array([token for _, piece in pieces for token in piece["input_ids"]], dtype=np.int32)
+        starts, ends = np.concatenate([np.array(piece["offset_mapping"]) + start for start, piece in pieces]).T
+        # Some tokenizers leave the space before a word out of its offsets; it belongs to the token all the same.
+        starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]))
+        across = {edge for edge in edges if np.any((starts < edge) & (edge < ends))}
+        if not across:
+            return ids, starts
+        cuts |= across
 
 
 class _Template:

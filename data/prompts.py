@@ -79,16 +79,15 @@ def _conversation(row: Row, column: str | None) -> tuple[Conversation, int]:
         )
     question = asked(values[chosen], chosen, _label(values, "system") or "")
     source = _label(values, "source") or _label(values, "category") or row.source
+    try:
+        json.dumps([question, source, values.get("id")], ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a surrogate pair, which is no text; repair what wrote the file") from None
     identity = _identity(values.get("id"), question)
     split = _hashed_split(identity) if values.get("split") is None else values["split"]
     if split not in SPLITS:
         raise ValueError(f'its "split" is {json.dumps(split)}; write one of {", ".join(SPLITS)}')
-    conversation = Conversation(identity, source, split, question.messages, question.follow_ups)
-    try:
-        json.dumps(conversation, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half a surrogate pair, which is no text; repair what wrote the file") from None
-    return conversation, question.unused
+    return Conversation(identity, source, split, question.messages, question.follow_ups), question.unused
 
 
 def _column(values: dict[str, Any]) -> str:
