@@ -131,7 +131,7 @@ def _message(given: object) -> Message:
     message: Message = {"role": role, "content": content}
     message |= {key: given[key] for key in ("name", "tool_call_id") if given.get(key)}
     if thoughts := next((given[key] for key in REASONING if given.get(key)), None):
-        message["reasoning_content"] = thoughts
+        message["reasoning_content"] = _text(thoughts)
     if given.get("tool_calls"):
         message["tool_calls"] = [_call(call) for call in given["tool_calls"]]
     return message
@@ -163,7 +163,7 @@ def _part(part: object) -> str:
 def _call(call: object) -> Message:
     """A call of a tool with its arguments as an object, which is what chat templates read, and not as JSON in a text."""
     match call:
-        case {"function": {"name": str(name), "arguments": arguments}, **rest}:
+        case {"function": {"name": str(name), "arguments": str() | Mapping() as arguments}, **rest}:
             pass
         case _:
             raise ValueError(f'a call of a tool is {_shown(call)}; write {{"function": {{"name", "arguments"}}}}')
@@ -172,6 +172,8 @@ def _call(call: object) -> Message:
             arguments = json.loads(arguments)
         except ValueError:
             raise Refused("the arguments of a tool's call are not JSON") from None
+    if not isinstance(arguments, Mapping):
+        raise Refused("the arguments of a tool's call are no object")
     kept = {key: rest[key] for key in ("id", "type") if rest.get(key)}
     return {**kept, "function": {"name": name, "arguments": arguments}}
 

@@ -148,12 +148,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a list, or one after another; the file's text is held in memory, of the objects one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
     decode, position = json.JSONDecoder().raw_decode, _next(text, 0, "[")
     for number in itertools.count(1):
         if position == len(text):
+            if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
+                problem = f"the list breaks off before row {number}"
+                raise UserError(SETTING, path, problem, "write it again, whole")
             return
         try:
             values, end = decode(text, position)

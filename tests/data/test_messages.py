@@ -101,6 +101,10 @@ def test_an_empty_system_message_is_none() -> None:
             [*say("user One?"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
             "the arguments of a tool's call are not JSON",
         ),
+        (
+            [*say("user One?"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "3"}}]}],
+            "the arguments of a tool's call are no object",
+        ),
     ],
 )
 def test_refused_by_name(value: object, reason: str) -> None:
@@ -122,6 +126,11 @@ def test_a_second_system_message_is_refused() -> None:
         ([{"role": "user", "content": 3}], 'the "content" of a message is 3; write a text, or a list of text parts'),
         ([{"role": "user", "content": [{"text": "?"}]}], 'a part of a message is {"text": "\\?"}; write'),
         ([{"role": "assistant", "tool_calls": ["add"]}], 'a call of a tool is "add"; write {"function"'),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": 3}}]}],
+            'a call of a tool is {"function": .*; write {"function"',
+        ),
+        ([{"role": "assistant", "content": "", "thinking": 3}], 'the "content" of a message is 3; write'),
         (["x" * 1000, 3], "a question is 3; write"),
     ],
 )

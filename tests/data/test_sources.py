@@ -54,6 +54,8 @@ def test_json(tmp_path: Path, layout: str) -> None:
     else:
         path.write_text(json.dumps(lines, indent=2 if layout == "indented" else None))
     assert read(path) == [Row(f"{path}, row {n}", "mine", line) for n, line in enumerate(lines, 1)]
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [row.values for row in read(path)] == lines
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,8 @@ def test_json(tmp_path: Path, layout: str) -> None:
     [
         ('[{"prompt": "One?"}, {"prompt": ', r"mine.json, row 2: not JSON \(.*line 1"),
         ('[{"prompt": "One?"}, 3]', "mine.json, row 2: not a JSON object; write a list of objects"),
+        ('[{"prompt": "One?"}', "mine.json: the list breaks off before row 2; write it again"),
+        ('[{"prompt": "One?"},\n', "mine.json: the list breaks off before row 2; write it again"),
         ("nothing", "mine.json, row 1: not JSON"),
         ('[{"prompt": ' + "[" * 100_000, "mine.json, row 1: not JSON"),
         ("[{}]\xe9", r"mine.json: it cannot be read \(.*utf-8.*\); check"),
