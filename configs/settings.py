@@ -72,9 +72,27 @@ class RegenerateSettings:
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     """Temperatures of the training answers, dealt out in turn; validation and test answers are greedy."""
     max_new_tokens: int = 160
-    """Longest answer in tokens, end-of-turn included."""
+    """Longest turn of the target in tokens, end-of-turn included. A conversation ends at a turn that is cut here, at one
+    that the chat template would rewrite before the next (reasoning, say), and where the target's positions end."""
     batch_size: int = 32
-    """Prompts answered at once."""
+    """Prompts answered at once, in process."""
+    endpoints: tuple[str, ...] = ()
+    """OpenAI-compatible servers that answer in the target's place (http://node1:8000, http://node2:8000); its weights are
+    then not loaded here. Default: none, it answers in process. One that is away or busy is left alone for a while, and
+    then longer, while others answer; the list may change from one start to the next. vLLM returns token ids; text alone
+    is tokenised again, and such answers are marked and counted. A key is taken from the environment: OPENAI_API_KEY."""
+    served_model: str | None = None
+    """The target's name on the servers; default the first that each lists."""
+    concurrency: int = 64
+    """Requests in flight at each endpoint."""
+    timeout_s: float = 600.0
+    """Seconds that a server may take over a turn. When none has answered for as long, the stage ends with exit code 3."""
+    retries: int = 5
+    """How often a request that failed (server error, time-out, lost connection) is made again, after pauses that grow; one
+    that is refused (a code 4xx other than 408 and 429) is not. What is left without an answer is listed in
+    conversations/failed.jsonl with the server's words, and asked again when the stage is started again."""
+    allowed_failures: float = 0.0
+    """Share of the conversations that may stay without an answer; with more the stage ends with exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,8 @@ class TrainSettings:
     """Share of the steps in which the learning rate rises; it then falls to zero along a cosine."""
     clip: float = 0.5
     """Largest gradient norm."""
+    warm_start: str | None = None
+    """Folder of a head to go on from, such as a run's draft/ or one that `eagle3 import` wrote; its vocabulary is kept."""
     validate_every: int = 100
     """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
     keep_checkpoints: int = 2
@@ -149,6 +169,8 @@ class TrainSettings:
 class EvalSettings:
     """What is measured, and with which drafting."""
 
+    draft: str | None = None
+    """Folder of the head to evaluate, such as one that `eagle3 import` wrote; default the run's own."""
     chain: int = 5
     """Drafted tokens per round."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)

@@ -15,8 +15,10 @@ module             what it does
 ``regenerate``     stage 2: let the target answer them
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``store``          the contract with the trainer: shards, manifest, reader
+``spool``          the same, read while it is recorded and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
+``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers
 =================  ======================================================================================
 
 Each stage reads files and writes files, can be killed at any moment and started again, and skips what is done.

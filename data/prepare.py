@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configs.errors import UserError
 from ..configs.settings import PrepareSettings, Settings
 from ..configs.signals import StopRequest
-from .chat import TemplateRefusal, prompt_ids, tokenizer_hash
+from .chat import TemplateRefusal, left_out, prompt_ids, tokenizer_hash
 from .choice import Choice
 from .conversations import SPLITS, Conversation, Found
 from .files import encode_json, encode_line, remove_temporaries, write_atomic
@@ -34,6 +34,7 @@ LIBRARY = "stdlib"
 PROMPTS, SUMMARY = "prompts.jsonl", "summary.json"
 TOO_LONG = "conversations: prompt longer than prepare.max_prompt_tokens"
 TEMPLATE = "conversations: the target's chat template refuses them"
+LEFT_OUT = "conversations: the target's chat template leaves out"
 
 
 class Summary(TypedDict):
@@ -130,6 +131,8 @@ def _counted(found: Iterable[Row], stop: StopRequest) -> Iterator[Row]:
 def _refusal(tokenizer: PreTrainedTokenizerBase, longest: int, conversation: Conversation) -> str | None:
     """Why the target is not asked this."""
     try:
+        if what := left_out(tokenizer, conversation):
+            return f"{LEFT_OUT} {what}"
         tokens = len(prompt_ids(tokenizer, conversation))
     except TemplateRefusal as refusal:
         return f"{TEMPLATE} ({refusal.reason})"

@@ -9,7 +9,7 @@ INTERVAL_TERMINAL, INTERVAL_LOG = 0.2, 10.0  # seconds between lines: a terminal
 
 
 class Progress:
-    """Counts units and tokens, and says now and then ``record 3/27 shards, 5,120 tokens/s, 1:05 left``.
+    """Counts units and tokens, and says now and then ``record 3/27 shards, 1.2 shards/s, 5,120 tokens/s, 1:05 left``.
 
     Args:
         stage: the name at the start of the line.
@@ -20,14 +20,15 @@ class Progress:
 
     def __init__(self, stage: str, unit: str, total: int | None, done: int = 0) -> None:
         self.stage, self.unit, self.total, self.done = stage, unit, total, done
-        self._start, self._at_start, self._tokens = time.monotonic(), done, 0
+        self._start, self._at_start, self._tokens, self._failed = time.monotonic(), done, 0, 0
         self._terminal = sys.stderr.isatty()
         self._shown = 0.0
 
-    def advance(self, units: int, tokens: int) -> None:
-        """Count ``units`` finished with ``tokens`` processed."""
+    def advance(self, units: int, tokens: int, failed: int = 0) -> None:
+        """Count ``units`` finished with ``tokens`` processed, of which ``failed`` came to nothing."""
         self.done += units
         self._tokens += tokens
+        self._failed += failed
         interval = INTERVAL_TERMINAL if self._terminal else INTERVAL_LOG
         last = self.total is not None and self.done >= self.total
         if time.monotonic() - self._shown >= interval or last:
@@ -42,6 +43,10 @@ class Progress:
         ended = not self._terminal or last
         print(f"\r{self}\x1b[K" if self._terminal else self, end="\n" if ended else "", file=sys.stderr, flush=True)
 
+    def say(self, line: str) -> None:
+        """A line of its own between those of the progress."""
+        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+
     def __str__(self) -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
         finished = self.done - self._at_start
@@ -49,5 +54,6 @@ class Progress:
             return f"{self.stage} {self.done:,} {self.unit}, {finished / elapsed:,.0f} {self.unit}/s"
         left = (self.total - self.done) * elapsed / finished if finished else 0.0
         minutes, seconds = divmod(round(left), 60)
-        rate = f"{self._tokens / elapsed:,.0f} tokens/s"
-        return f"{self.stage} {self.done}/{self.total} {self.unit}, {rate}, {minutes}:{seconds:02d} left"
+        rate = f"{finished / elapsed:,.1f} {self.unit}/s, {self._tokens / elapsed:,.0f} tokens/s"
+        failed = f", {self._failed:,} failed" if self._failed else ""
+        return f"{self.stage} {self.done}/{self.total} {self.unit}{failed}, {rate}, {minutes}:{seconds:02d} left"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
@@ -38,6 +38,14 @@ class TargetInfo:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
+    max_positions: int
+
+
+class TargetText(NamedTuple):
+    """What is known of a target without its weights: how it reads, where it stops, and how long a text may be."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
     max_positions: int
 
 
@@ -82,9 +90,6 @@ def describe(
     weights_sha256: str,
 ) -> TargetInfo:
     fields, count = config.to_dict(), config.num_hidden_layers
-    ends: set[int] = set()
-    for given in (model.generation_config.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
-        ends |= set(given) if isinstance(given, list) else {given}
     return TargetInfo(
         name=settings.path,
         revision=model.config.to_dict().get("_commit_hash") or settings.revision,
@@ -92,8 +97,8 @@ def describe(
         num_layers=count,
         hidden_size=config.hidden_size,
         vocab_size=head.lm_head.shape[0],
-        eos_ids=tuple(sorted(ends - {None})),
-        layers=_layers(settings, count),
+        eos_ids=end_ids(model.generation_config, config, tokenizer),
+        layers=captured_layers(settings, count),
         dtype=str(model.dtype).removeprefix("torch."),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -104,7 +109,17 @@ def describe(
     )
 
 
-def _layers(settings: TargetSettings, count: int) -> tuple[int, ...]:
+def end_ids(
+    generation: GenerationConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokens with which a target ends its turn; its files name one or several, each for itself."""
+    ends: set[int] = set()
+    for given in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
+        ends |= set(given) if isinstance(given, list) else {given}
+    return tuple(sorted(ends - {None}))
+
+
+def captured_layers(settings: TargetSettings, count: int) -> tuple[int, ...]:
     """The captured layers: low, middle and high, as the EAGLE-3 paper has them, unless the recipe says otherwise."""
     layers = (1, count // 2 - 1, count - 4) if settings.layers is None else tuple(settings.layers)
     problem = ""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from eagle3.configs.errors import UserError
-from eagle3.data.conversations import Conversation, read_answers, read_conversations, read_finished
+from eagle3.data.answers import read_answers, read_finished
+from eagle3.data.conversations import Conversation, read_conversations
 from eagle3.data.files import encode_line
 
 
@@ -36,6 +37,6 @@ def test_an_answer_with_a_token_the_target_lacks(run_dir: Path) -> None:
     path = run_dir / "conversations" / "answers.jsonl"
     row, *rest = path.read_text().splitlines(keepends=True)
     assert len(read_finished(path.parent, 1000)) == 24
-    path.write_text("".join([row.replace('"answer_ids": [', '"answer_ids": [1000, '), *rest]))
+    path.write_text("".join([row.replace('"ids": [', '"ids": [1000, '), *rest]))
     with pytest.raises(UserError, match="its token 1000 is beyond the target's vocabulary of 1000; delete"):
         read_finished(path.parent, 1000)

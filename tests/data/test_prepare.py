@@ -170,6 +170,25 @@ def test_what_a_template_refuses_is_counted(tmp_path: Path, write, tiny_folder: 
         prepare(write(lines[5:]), tmp_path / "other", tokenizer)
 
 
+def test_what_a_template_leaves_out_is_counted(tmp_path: Path, write, tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)  # whose template knows nothing of calls
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "I add.", "tool_calls": [call]}
+    tools = [{"role": "user", "content": "One and two?"}, called, {"role": "tool", "content": "3"}]
+    lines = [*rows(train_a=5, validation_a=1, test_a=1), {"split": "train", "messages": tools}]
+
+    def notes(name: str) -> dict[str, int]:
+        prepare(write(lines), tmp_path / name, tokenizer)
+        return json.loads((tmp_path / name / "conversations" / "summary.json").read_bytes())["notes"]
+
+    assert notes("calls") == {f"{stage.LEFT_OUT} calls of tools": 1}
+    own = tokenizer.chat_template
+    tokenizer.chat_template = own + "{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    assert notes("whole") == {}
+    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    assert notes("results") == {f'{stage.LEFT_OUT} the content of "tool"': 1}
+
+
 def test_follow_ups_count_for_the_length(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
     lines = [
         *rows(train_a=3, validation_a=1, test_a=1),
