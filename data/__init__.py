@@ -4,7 +4,8 @@
 module             what it does
 =================  ======================================================================================
 ``corpus``         questions about Python source, for runs that bring no prompts
-``conversations``  prompts and answers on disk
+``conversations``  prompts on disk
+``answers``        answers on disk
 ``sources``        rows of files and of the hub
 ``messages``       the forms of a conversation, and what of one is asked
 ``prompts``        from rows to conversations, with what was refused
@@ -12,7 +13,7 @@ module             what it does
 ``chat``           the target's own chat format
 ``mask``           which tokens of a finished conversation the assistant wrote
 ``prepare``        stage 1: choose the prompts and split them
-``regenerate``     stage 2: let the target answer them
+``regenerate``     stage 2: let the target answer them, turn by turn (``dialogue``), here or through ``servers``
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``store``          the contract with the trainer: shards, manifest, reader
 ``spool``          the same, read while it is recorded and never larger than a few shards
