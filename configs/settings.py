@@ -40,8 +40,21 @@ class PrepareSettings:
     """Which questions the target is asked."""
 
     prompts: str = "stdlib"
-    """A JSONL file ({"id"?, "source"?, "split"?, "messages" | "prompt" | "turns"} per line), or "stdlib": questions about
-    the documented functions of the Python standard library, split by module."""
+    """Where they come from: a .jsonl, .json or .parquet file, a folder or a glob of them; a dataset of the Hugging Face
+    hub (owner/name), which is streamed; or "stdlib", questions about the documented functions of the Python standard
+    library, split by module. A row holds a question ("prompt"), several in turn ("turns"), or "messages" (OpenAI) or
+    "conversations" (ShareGPT), whose answers the target replaces by its own. It may have a "system" message, a "source"
+    (else its "category", else the file's name) and, in files, an "id" and a "split" (else by a hash of the id, 80 / 8 / 12
+    percent). What cannot be asked, such as images, is counted by reason."""
+    column: str | None = None
+    """The column that holds the conversation, whatever its form. Default: the one of "messages", "conversations",
+    "prompt" and "turns" that is there."""
+    hub_config: str | None = None
+    """Configuration of a dataset of the hub that has several; ignored for files."""
+    hub_split: str = "train"
+    """Split of a dataset of the hub that is read, such as train_sft; ignored for files."""
+    hub_revision: str | None = None
+    """Branch, tag or commit of a dataset of the hub; a commit makes the run repeatable. Ignored for files."""
     train: int = 2000
     """Conversations for training the draft (fewer where there are not as many)."""
     validation: int = 48
@@ -49,7 +62,7 @@ class PrepareSettings:
     test: int = 96
     """Conversations on which the report is made; neither target nor draft was trained on them."""
     max_prompt_tokens: int = 512
-    """Longer prompts are left out, and counted."""
+    """Longer prompts, with all questions of the user that follow, are left out, and counted."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,12 @@ module             what it does
 ``corpus``         questions about Python source, for runs that bring no prompts
 ``conversations``  prompts on disk
 ``answers``        answers on disk, and what has none
-``chat``           the target's own chat format and the loss mask
+``sources``        rows of files and of the hub
+``messages``       the forms of a conversation, and what of one is asked
+``prompts``        from rows to conversations, with what was refused
+``choice``         choosing in one pass, evenly over the sources
+``chat``           the target's own chat format
+``mask``           which tokens of a finished conversation the assistant wrote
 ``prepare``        stage 1: choose the prompts and split them
 ``regenerate``     stage 2: let the target answer them, in process or on servers
 ``dialogue``       one conversation on its way through its turns

@@ -15,11 +15,25 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configs.errors import UserError
 from .answers import Answer
-from .conversations import Conversation
+from .conversations import Conversation, Message
 from .files import sha256
 
 #: Stands for an answer where only what follows it matters; a word that no template changes.
 PLACEHOLDER = "answer"
+
+
+class TemplateRefusal(UserError):
+    """The target's chat template does not take these messages; ``reason`` is what it says."""
+
+    def __init__(self, name: str, messages: list[Message], reason: str) -> None:
+        roles = ", ".join(message["role"] for message in messages)
+        super().__init__(
+            "prepare.prompts",
+            f'conversation "{name}" ({roles})',
+            f"the target's chat template refuses it: {reason}",
+            "change its messages or leave it out",
+        )
+        self.reason = reason
 
 
 class TokenizerHash(NamedTuple):
@@ -40,24 +54,46 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
     """The ids the target is given: ``messages`` and the header of the answer.
 
     Raises:
-        UserError: the chat template does not take these messages.
+        TemplateRefusal: the chat template does not take these messages.
     """
     text = _render(tokenizer, conversation.id, conversation.messages)
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, name: str, messages: list[dict[str, str]]) -> str:
+def left_out(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str | None:
+    """What of ``messages`` the chat template does not show to the target, such as calls of tools; None if it shows all.
+
+    Reasoning does not count: templates leave it out of earlier answers on purpose.
+
+    Raises:
+        TemplateRefusal: the chat template does not take these messages.
+    """
+    words: dict[str, str] = {}
+
+    def word(what: str) -> str:
+        """A word to look for in the place of ``what``."""
+        new = f"word{len(words)}of"
+        words[new] = what
+        return new
+
+    messages: list[Message] = []
+    for message in conversation.messages:
+        shown = {**message, "content": message["content"] and word(f'the content of "{message["role"]}"')}
+        if calls := message.get("tool_calls"):
+            shown["tool_calls"] = [
+                {**call, "function": {**call["function"], "name": word("calls of tools")}} for call in calls
+            ]
+        messages.append(shown)
+    text = _render(tokenizer, conversation.id, messages)
+    return next((what for new, what in words.items() if new not in text), None)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, name: str, messages: list[Message]) -> str:
     """``messages`` and the header of the answer as the template writes them."""
     try:
         return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            "prepare.prompts",
-            f'conversation "{name}" ({roles})',
-            f"the target's chat template refuses it: {error}",
-            "change its messages or leave it out",
-        ) from None
+        raise TemplateRefusal(name, messages, str(error)) from None
 
 
 def continuation(
@@ -77,7 +113,7 @@ def continuation(
         question: the user's next turn.
 
     Raises:
-        UserError: the chat template does not take these messages.
+        TemplateRefusal: the chat template does not take these messages.
     """
     history = list(conversation.messages)
     for text, follow_up in zip(said[:-1], conversation.follow_ups, strict=False):

@@ -14,11 +14,11 @@ class Progress:
     Args:
         stage: the name at the start of the line.
         unit: what is counted, in the plural.
-        total: units in all.
+        total: units in all; None where nobody knows, and then units are timed instead of tokens.
         done: units that were there before this process started; they do not count for the speed.
     """
 
-    def __init__(self, stage: str, unit: str, total: int, done: int = 0) -> None:
+    def __init__(self, stage: str, unit: str, total: int | None, done: int = 0) -> None:
         self.stage, self.unit, self.total, self.done = stage, unit, total, done
         self._start, self._at_start, self._tokens, self._failed = time.monotonic(), done, 0, 0
         self._terminal = sys.stderr.isatty()
@@ -30,11 +30,18 @@ class Progress:
         self._tokens += tokens
         self._failed += failed
         interval = INTERVAL_TERMINAL if self._terminal else INTERVAL_LOG
-        now = time.monotonic()
-        if now - self._shown >= interval or self.done >= self.total:
-            self._shown = now
-            ended = not self._terminal or self.done >= self.total
-            print(f"\r{self}\x1b[K" if self._terminal else self, end="\n" if ended else "", file=sys.stderr, flush=True)
+        last = self.total is not None and self.done >= self.total
+        if time.monotonic() - self._shown >= interval or last:
+            self._say(last)
+
+    def finish(self) -> None:
+        """Say the last line where no total told that it was the last."""
+        self._say(last=True)
+
+    def _say(self, last: bool) -> None:
+        self._shown = time.monotonic()
+        ended = not self._terminal or last
+        print(f"\r{self}\x1b[K" if self._terminal else self, end="\n" if ended else "", file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """A line of its own between those of the progress."""
@@ -43,6 +50,8 @@ class Progress:
     def __str__(self) -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
         finished = self.done - self._at_start
+        if self.total is None:
+            return f"{self.stage} {self.done:,} {self.unit}, {finished / elapsed:,.0f} {self.unit}/s"
         left = (self.total - self.done) * elapsed / finished if finished else 0.0
         minutes, seconds = divmod(round(left), 60)
         rate = f"{finished / elapsed:,.1f} {self.unit}/s, {self._tokens / elapsed:,.0f} tokens/s"

@@ -24,10 +24,10 @@ from ..configs.errors import UserError
 from ..configs.settings import EvalSettings, Settings
 from ..configs.signals import StopRequest
 from ..data.chat import prompt_ids
+from ..data.choice import deal
 from ..data.conversations import Conversation, read_conversations
 from ..data.corpus import digest
 from ..data.files import encode_json, file_sha256, write_atomic
-from ..data.prepare import deal
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
