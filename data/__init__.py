@@ -4,10 +4,14 @@
 module             what it does
 =================  ======================================================================================
 ``corpus``         questions about Python source, for runs that bring no prompts
-``conversations``  prompts and answers on disk
+``conversations``  prompts on disk
+``answers``        answers on disk, and what has none
 ``chat``           the target's own chat format and the loss mask
 ``prepare``        stage 1: choose the prompts and split them
-``regenerate``     stage 2: let the target answer them
+``regenerate``     stage 2: let the target answer them, in process or on servers
+``dialogue``       one conversation on its way through its turns
+``endpoints``      one OpenAI-compatible server, and what its troubles mean
+``servers``        several of them, kept busy while some fail, go away and come back
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``store``          the contract with the trainer: shards, manifest, reader
 ``spool``          the same, read while it is recorded and never larger than a few shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 import signal
@@ -12,16 +13,18 @@ import pytest
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import Settings
 from eagle3.data.answers import Answer, read_answers
-from eagle3.data.chat import continuation, end_of_turn, prompt_ids
+from eagle3.data.chat import continuation, end_of_turn, prompt_ids, sequence
 from eagle3.data.conversations import Conversation, read_conversations
 from eagle3.data.dialogue import Dialogue, Question
 from eagle3.data.record import record
 from eagle3.data.regenerate import ask, regenerate
 from eagle3.data.store import Store
-from eagle3.models.target import Target
+from eagle3.models.target import Target, TargetText
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 ANSWERS = Path("conversations/answers.jsonl")
+
+SHARED = Path(__file__).parents[2].parent / "shared"
 
 fork = multiprocessing.get_context("fork")
 
@@ -149,6 +152,29 @@ def test_why_a_conversation_ends_early(tiny_target: Target, tokenizer: PreTraine
     rewritten.say([104, end], ended=True)
     assert rewritten.finish == "rewritten"
     assert len(rewritten.answer().turns) == 1
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared: Llama-4's tokenizer and MT-bench")
+@pytest.mark.parametrize("template", [None, TRIMMING])
+def test_mt_bench_in_llama_4s_tokens(template: str | None) -> None:
+    """What the mask lets through is exactly what was said, and all of it exactly what the template writes."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "llama4-tokenizer")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    questions = [json.loads(line)["turns"] for line in (SHARED / "benchmarks" / "mt-bench.jsonl").open()]
+    real = [json.loads(line)["turns"][0].strip() for line in (SHARED / "benchmarks" / "humaneval.jsonl").open()]
+    end = tokenizer.convert_tokens_to_ids("<|eot|>")
+    limits = TargetText(tokenizer, (end,), 1 << 20)
+    for number, turns in enumerate(questions):
+        conversation = Conversation("it", "s", "test", [{"role": "user", "content": turns[0]}], turns[1:])
+        going = Dialogue(Question(conversation, prompt_ids(tokenizer, conversation), 0.0, 0), limits, 8)
+        said = [real[(number + turn) % len(real)] for turn in range(len(turns))]
+        for text_ids in tokenizer(said, add_special_tokens=False).input_ids:
+            going.say([*text_ids, end], ended=True)
+        answer = going.answer()
+        assert answer.finish == "stop"
+        recorded = sequence(answer)
+        assert tokenizer.decode(recorded.input_ids[recorded.loss_mask]) == "".join(f"{words}<|eot|>" for words in said)
+        assert tokenizer.decode(answer.ids) == text(tokenizer, conversation, said[:-1]) + said[-1] + "<|eot|>"
 
 
 @pytest.mark.usefixtures("brief")
