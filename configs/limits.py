@@ -21,6 +21,9 @@ CHOICES = {
     "eval.dtype": DTYPES,
 }
 
+#: Of a server: http or https, a name or a number, a port maybe, a path maybe.
+ADDRESS = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s/:?#@\[\]]+)(:\d{1,5})?(/[^\s?#]*)?")
+
 
 class Limit(NamedTuple):
     """``holds(value, bound)`` must be true; ``words`` say so."""
@@ -126,7 +129,7 @@ def _check_layers(layers: tuple[int, ...] | None) -> None:
 
 def _check_endpoints(endpoints: tuple[str, ...]) -> None:
     for url in endpoints:
-        if not re.match(r"https?://[^/\s]", url):
+        if not ADDRESS.fullmatch(url):
             remedy = "give addresses, such as http://127.0.0.1:8000"
             raise UserError("regenerate.endpoints", _listed(endpoints), f'"{url}" is no address of a server', remedy)
         if endpoints.count(url) > 1:

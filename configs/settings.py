@@ -80,7 +80,8 @@ class RegenerateSettings:
     """OpenAI-compatible servers that answer in the target's place (http://node1:8000, http://node2:8000); its weights are
     then not loaded here. Default: none, it answers in process. One that is away or busy is left alone for a while, and
     then longer, while others answer; the list may change from one start to the next. vLLM returns token ids; text alone
-    is tokenised again, and such answers are marked and counted. A key is taken from the environment: OPENAI_API_KEY."""
+    is tokenised again, and such answers are marked and counted. A server that refuses all parameters but OpenAI's own
+    (TensorRT-LLM) is asked without the others. A key is taken from the environment: OPENAI_API_KEY."""
     served_model: str | None = None
     """The target's name on the servers; default the first that each lists."""
     concurrency: int = 64

@@ -27,6 +27,8 @@ WORDS = 200  # characters of a server's refusal that are passed on
 BUSY = (429, 503)
 #: Codes that say that the address, the model or the key is wrong, and not the request.
 MISDIRECTED = (401, 403, 404, 405)
+#: What OpenAI's own interface has; TensorRT-LLM, for one, refuses a request that holds anything it does not know.
+OPENAI = ("model", "prompt", "max_tokens", "temperature", "seed", "top_p")
 
 
 class Reply(NamedTuple):
@@ -85,11 +87,16 @@ class Endpoint:
 
     Every method raises :class:`Unavailable`, :class:`Failed` or :class:`Refused`, and :class:`UserError` where it is not
     what the recipe says it is.
+
+    Attributes:
+        url: its address, without the ``/v1``.
+        model: its name for the target, once it was found.
+        strict: whether it takes no parameter but OpenAI's own, and so may sample as it likes beyond those.
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url, self._timeout_s = url.rstrip("/").removesuffix("/v1"), timeout_s
-        self.model = ""
+        self.model, self.strict = "", False
         self._answered = False
 
     def find_model(self, name: str | None) -> None:
@@ -109,7 +116,7 @@ class Endpoint:
     def complete(self, prompt: list[int], max_tokens: int, temperature: float, seed: int) -> Reply:
         """What the target says to ``prompt``, at most ``max_tokens`` token ids; seeds are cut to 31 bits."""
         body = completion_request(self.model, prompt, max_tokens, temperature, seed % 2**31)
-        found = self._read("/v1/completions", body, self._timeout_s)
+        found = self._ask(body)
         try:
             choice = found["choices"][0]
             finish, text, ids = choice["finish_reason"], choice["text"], choice.get("token_ids")
@@ -122,6 +129,18 @@ class Endpoint:
             raise Failed(f"{self.url} ended for no good reason ({finish})")
         self._answered = True
         return Reply(ids, text, finish == "stop")
+
+    def _ask(self, body: dict[str, Any]) -> Any:
+        """The whole ``body``, or what OpenAI's own interface has of it where that is taken and the whole is refused."""
+        if not self.strict:
+            try:
+                return self._read("/v1/completions", body, self._timeout_s)
+            except Refused:
+                if self._answered and not self.strict:  # it took these parameters before
+                    raise
+        found = self._read("/v1/completions", {name: body[name] for name in OPENAI}, self._timeout_s)
+        self.strict = True
+        return found
 
     def _read(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -73,7 +73,7 @@ class Servers:
         self._number = itertools.count()
         self._unfinished = self._in_flight = 0
         self._success_at = time.monotonic()
-        self._closed = self._told_of_text = False
+        self._closed = self._told_of_text = self._told_of_strictness = False
         self._results: SimpleQueue[Answer | Failure | BaseException] = SimpleQueue()
 
     def answer(self, questions: list[Question]) -> Generator[list[Answer | Failure], None, None]:
@@ -210,6 +210,8 @@ class Servers:
         if ids is None:
             ids = self._text.tokenizer(reply.text, add_special_tokens=False).input_ids
             self._tell_of_text(standing.endpoint)
+        if standing.endpoint.strict:
+            self._tell_of_strictness(standing.endpoint)
         if reply.ended and (not ids or ids[-1] not in self._text.eos_ids):
             ids, exact = [*ids, self._end_of_turn], False
         if not ids:
@@ -260,3 +262,9 @@ class Servers:
             told, self._told_of_text = self._told_of_text, True
         if not told:
             self._say(f"{endpoint.url} returns text and no token ids: it is tokenised again, and marked as not exact")
+
+    def _tell_of_strictness(self, endpoint: Endpoint) -> None:
+        with self._changed:
+            told, self._told_of_strictness = self._told_of_strictness, True
+        if not told:
+            self._say(f"{endpoint.url} takes no parameters but OpenAI's own: see that it cuts no tokens off by itself")

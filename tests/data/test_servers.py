@@ -154,6 +154,32 @@ def test_a_key_is_sent_where_there_is_one(serve: Serve, monkeypatch: pytest.Monk
         assert sent[-1].get_header("Authorization") == header
 
 
+def test_a_server_that_knows_openais_parameters_alone(serve: Serve) -> None:
+    stub, rest = serve(), ("return_token_ids", "top_k", "min_p", "repetition_penalty")
+    stub.trouble = lambda request: (422, "extra inputs") if any(name in request for name in rest) else None
+    endpoint = Endpoint(stub.url, 5.0)
+    for prompt in ([5, 6], [7, 8]):
+        endpoint.complete(prompt, 4, 0.0, 0)
+    assert endpoint.strict
+    assert [request["prompt"] for request in stub.requests] == [[5, 6], [5, 6], [7, 8]]
+    assert stub.requests[-1] == {
+        "model": "", "prompt": [7, 8], "max_tokens": 4, "temperature": 0.0, "seed": 0, "top_p": 1.0
+    }  # fmt: skip
+
+
+def test_what_is_refused_either_way_makes_no_server_strict(serve: Serve) -> None:
+    stub = serve()
+    stub.trouble = lambda request: (400, "too long") if request["prompt"] == [5] else None
+    endpoint = Endpoint(stub.url, 5.0)
+    with pytest.raises(Refused, match="too long"):
+        endpoint.complete([5], 4, 0.0, 0)
+    endpoint.complete([6], 4, 0.0, 0)
+    with pytest.raises(Refused, match="too long"):
+        endpoint.complete([5], 4, 0.0, 0)
+    assert not endpoint.strict
+    assert ["top_k" in request for request in stub.requests] == [True, False, True, True]
+
+
 # The stage.
 
 
@@ -234,11 +260,11 @@ def test_what_is_refused_is_listed_and_asked_again_the_next_time(
     asked: Path, through: Through, serve: Serve, tiny_target: Target
 ) -> None:
     stub = serve()
-    bad = [prompt_of(row, asked, tiny_target) for row in ("train-3", "test-1")]
+    bad = [prompt_of(row, asked, tiny_target) for row in ("train-4", "test-1")]
     stub.trouble = lambda request: (400, "no such luck") if request["prompt"] in bad else None
-    settings = through(stub)
+    settings = through(stub, concurrency=1)
     said = (
-        r"2 of 24 conversations have no answer, the first (train-3|test-1) \(http://.* says 400: no such luck\); "
+        r"2 of 24 conversations have no answer, the first (train-4|test-1) \(http://.* says 400: no such luck\); "
         r".*failed.jsonl lists them: run eagle3 regenerate again to try them again, or raise "
         r"regenerate.allowed_failures"
     )
@@ -246,7 +272,7 @@ def test_what_is_refused_is_listed_and_asked_again_the_next_time(
         regenerate(settings, asked, tiny_target.text)
     assert caught.value.exit_code == 3
     failures = read_failures(asked / FAILED)
-    assert sorted(failure[:2] for failure in failures) == [("test-1", 1), ("train-3", 1)]
+    assert sorted(failure[:2] for failure in failures) == [("test-1", 1), ("train-4", 1)]
     assert all("says 400: no such luck" in failure.reason for failure in failures)
     assert len(stub.requests) == 24  # it was refused, not asked again
     assert len(read_answers(asked / ANSWERS)) == 22
@@ -301,6 +327,7 @@ def test_text_alone_is_tokenised_again_and_told(
 ) -> None:
     stub = serve()
     stub.ids = False
+    stub.trouble = lambda request: (400, "what is top_k?") if "top_k" in request else None
     regenerate(through(stub), asked, tiny_target.text)
     answers, tokenizer = read_answers(asked / ANSWERS), tiny_target.tokenizer
     assert not any(answer.exact for answer in answers)
@@ -312,8 +339,11 @@ def test_text_alone_is_tokenised_again_and_told(
         if answer.temperature == 0.0:
             said = tiny_target.generate([answer.ids[:start]], [0.0], 8, [0])[0].ids
             assert tokenizer.decode(answer.said[:-1]) == tokenizer.decode(said, skip_special_tokens=True)
-    told = [line for line in capsys.readouterr().err.splitlines() if "returns text and no token ids" in line]
-    assert told == [f"{stub.url} returns text and no token ids: it is tokenised again, and marked as not exact"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(stub.url)]
+    assert sorted(told) == [
+        f"{stub.url} returns text and no token ids: it is tokenised again, and marked as not exact",
+        f"{stub.url} takes no parameters but OpenAI's own: see that it cuts no tokens off by itself",
+    ]
 
 
 def test_the_model_of_the_servers(asked: Path, through: Through, serve: Serve, tiny_target: Target) -> None:
@@ -468,9 +498,9 @@ def test_the_command_loads_no_weights_and_says_what_failed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stub, refusals = serve(), [(400, "too hard")]
-    stub.trouble = lambda request: refusals.pop() if refusals else None
-    save(replace(through(stub), run=RunSettings(name="it", root=str(tmp_path))), tmp_path / "it.yaml")
+    stub = serve()
+    stub.trouble = lambda request: (400, "too hard") if len(stub.requests) == 5 else None
+    save(replace(through(stub, concurrency=1), run=RunSettings(name="it", root=str(tmp_path))), tmp_path / "it.yaml")
     monkeypatch.setattr("eagle3.models.target.load_target", None)
     assert main(["prepare", str(tmp_path / "it.yaml")]) == 0
     assert main(["regenerate", str(tmp_path / "it.yaml"), "regenerate.retries=0"]) == 3
