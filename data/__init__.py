@@ -9,7 +9,13 @@ module             what it does
 ``prepare``        stage 1: choose the prompts and split them
 ``regenerate``     stage 2: let the target answer them
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
-``store``          the contract with the trainer: shards, manifest, reader
+``planning``       which samples share a recording batch and a shard
+``recorders``      what computes the states: an interface, and the target through transformers
+``checks``         whether recorded states can be the target's
+``quantise``       states in FP8 with scales
+``shards``         one shard: written, published, mapped
+``index``          who the samples of a shard or a store are
+``store``          the contract with the trainer: manifest and reader
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
 =================  ======================================================================================
