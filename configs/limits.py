@@ -12,9 +12,11 @@ from .errors import UserError
 from .settings import Settings
 
 DTYPES = ("float32", "bfloat16")
+STORED_DTYPES = (*DTYPES, "float8_e4m3fn")
 CHOICES = {
     "target.dtype": DTYPES,
-    "record.dtype": DTYPES,
+    "record.features_dtype": STORED_DTYPES,
+    "record.last_hidden_dtype": STORED_DTYPES,
     "train.objective": ("kl", "lk"),
     "train.tracker": ("online", "offline", "disabled"),
     "eval.sampling": ("sampled", "greedy"),

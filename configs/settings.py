@@ -101,11 +101,13 @@ class RecordSettings:
     """How hidden states are recorded."""
 
     batch_tokens: int = 8192
-    """Tokens of one recording batch."""
+    """Most tokens of one recording batch, padding included; a longer conversation is a batch of its own."""
     shard_tokens: int = 32768
-    """Tokens of one shard: the unit that is written, published and resumed."""
-    dtype: str = "bfloat16"
-    """Storage of features and last hidden states."""
+    """Most tokens of one shard: the unit that is written, published and resumed."""
+    features_dtype: str = "bfloat16"
+    """Storage of the features: bfloat16, float32, or float8_e4m3fn (FP8, with a scale per token and layer)."""
+    last_hidden_dtype: str = "bfloat16"
+    """Storage of the last hidden states, from which the teacher's logits are computed: as for the features."""
 
 
 @dataclass(frozen=True)

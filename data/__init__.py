@@ -18,8 +18,14 @@ module             what it does
 ``endpoints``      one OpenAI-compatible server, and what its troubles mean
 ``servers``        several of them, kept busy while some fail, go away and come back
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
-``store``          the contract with the trainer: shards, manifest, reader
-``spool``          the same, read while it is recorded and never larger than a few shards
+``planning``       which samples share a recording batch and a shard
+``recorders``      what computes the states: an interface, and the target through transformers
+``checks``         whether recorded states can be the target's
+``quantise``       states in FP8 with scales
+``shards``         one shard: written, published, mapped
+``index``          who the samples of a shard or a store are
+``store``          the contract with the trainer: manifest and reader
+``spool``          a store that is read while it is recorded, and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
 ``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -21,6 +22,17 @@ from ..configs.errors import UserError
 
 TEMPORARY = ".{name}.{process}.tmp"
 BLOCK = 1 << 20
+ALIGNMENT = 8
+STORED_AS = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
 
 
 @dataclass(frozen=True)
@@ -31,21 +43,27 @@ class FileEntry:
     bytes: int
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` so that a crash leaves either the whole file under ``path`` or what was there before.
+def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+    """Write ``parts``, one after the other, so that a crash leaves either the whole file under ``path`` or what was there.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, or the folder cannot be written; what was written of the file is removed.
     """
     temporary = path.with_name(TEMPORARY.format(name=path.name, process=os.getpid()))
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
 
 
@@ -77,10 +95,11 @@ def write_folder(folder: Path, contents: Mapping[str, bytes], setting: str) -> N
         raise UserError(setting, folder, problem, "choose a folder with free space that you may write to") from error
 
 
-def write_listed(path: Path, content: bytes) -> FileEntry:
-    """Write ``content`` as :func:`write_atomic` does; its checksum is that of the bytes in memory."""
-    write_atomic(path, content)
-    return FileEntry(sha256(content), len(content))
+def write_listed(path: Path, *parts: bytes | memoryview) -> FileEntry:
+    """Write ``parts`` as :func:`write_atomic` does; the checksum is that of the bytes in memory."""
+    entry = FileEntry(sha256(*parts), sum(len(part) for part in parts))
+    write_atomic(path, *parts)
+    return entry
 
 
 def check_size(path: Path, entry: FileEntry) -> None:
@@ -95,6 +114,25 @@ def check_size(path: Path, entry: FileEntry) -> None:
 def damaged(path: Path, problem: str) -> UserError:
     """What the user is told of a file that is not what was written."""
     return UserError("store", path, problem, "delete it and run eagle3 record again")
+
+
+def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file in parts: the header, then the tensors' own memory, which is neither copied nor held up by
+    Python's lock while it is hashed and written.
+
+    Widest values first, so that each tensor is aligned in the mapped file.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": STORED_AS[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    flat = (tensors[name].contiguous().reshape(-1).view(torch.uint8) for name in order)
+    return [len(text).to_bytes(8, "little") + text, *(values.numpy().data for values in flat)]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -113,7 +151,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def unwritable(path: Path, error: OSError) -> UserError:
     """What the user is told when ``path`` cannot be written."""
     problem = f"it cannot be written ({error.strerror})"
-    return UserError("run.root", path, problem, "choose a folder with free space that you may write to")
+    remedy = (
+        "free some space or choose a folder that you may write to, and run the command again: what is finished is kept"
+    )
+    return UserError("run.root", path, problem, remedy)
 
 
 @contextmanager
@@ -173,15 +214,25 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(end)
 
 
-def sha256(content: bytes) -> str:
-    """The checksum of ``content``, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+def sha256(*parts: bytes | memoryview) -> str:
+    """The checksum of ``parts``, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
     """The checksum of a whole file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lines_sha256(path: Path) -> str:
+    """A checksum of the lines of a file whatever their order, in hexadecimal: the sum of those of its lines."""
+    with path.open("rb") as file:
+        total = sum(int.from_bytes(hashlib.sha256(line).digest()) for line in file)
+    return f"{total % (1 << 256):064x}"
 
 
 def encode_json(value: object) -> bytes:

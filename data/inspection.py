@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from ..configs.errors import Incomplete
@@ -37,7 +36,7 @@ def _facts(manifest: Manifest) -> list[str]:
         f"target       {target['name']} {target['revision'] or ''}".rstrip(),
         f"weights      sha256 {target['weights_sha256']}",
         f"tokenizer    sha256 {manifest.tokenizer_sha256}, chat template {manifest.chat_template_sha256}",
-        f"ran in       {target['dtype']}, stored as {manifest.dtypes['features']}",
+        f"ran in       {target['dtype']}, stored as {_stored(manifest)}",
         f"layers       {target['layers']} of {target['num_layers']}, width {target['hidden_size']}",
         f"last hidden  {manifest.last_hidden}",
         f"holds        {held}",
@@ -46,18 +45,25 @@ def _facts(manifest: Manifest) -> list[str]:
     ]
 
 
+def _stored(manifest: Manifest) -> str:
+    """How the states are stored: one dtype, or that of each."""
+    features, last_hidden = manifest.dtypes["features"], manifest.dtypes["last_hidden"]
+    return features if features == last_hidden else f"{features} (features) and {last_hidden} (last hidden)"
+
+
 def _samples(store: Store) -> list[str]:
     """Samples and answer tokens by split and source."""
-    samples: Counter[tuple[str, str]] = Counter()
-    tokens: Counter[tuple[str, str]] = Counter()
-    for index in range(len(store)):
-        sample = store[index]
-        samples[sample.split, sample.source] += 1
-        tokens[sample.split, sample.source] += int(sample.loss_mask.sum())
-    width = max((len(source) for _, source in samples), default=0) + 2
+    index = store.index
+    groups = index.split.long() * len(index.sources) + index.source
+    count = len(index.splits) * len(index.sources)
+    samples, tokens = groups.bincount(minlength=count), groups.bincount(index.supervised.double(), minlength=count)
+    names = [(split, source) for split in index.splits for source in index.sources]
+    width = max((len(source) for source in index.sources), default=0) + 2
     head = f"{'split':<12}{'source':<{width}}{'samples':>10}{'answer tokens':>16}"
     rows = [
-        f"{split:<12}{source:<{width}}{n:>10,}{tokens[split, source]:>16,}" for (split, source), n in samples.items()
+        f"{split:<12}{source:<{width}}{held:>10,}{int(said):>16,}"
+        for (split, source), held, said in zip(names, samples.tolist(), tokens.tolist(), strict=True)
+        if held
     ]
     return [head, *sorted(rows)]
 

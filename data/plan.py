@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..configs.errors import UserError
-from ..configs.settings import Settings
+from ..configs.settings import RecordSettings, Settings
 from ..models import costs
 from ..models.costs import Micro
 from ..models.draft import DraftConfig
@@ -104,7 +104,7 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
     check_draft_size(settings.draft.vocab_size, shape.vocab_size)
     config = draft_config(settings.draft, asdict(shape))
     tokens = count_tokens(settings, folder)
-    stored_as, per_token = _stored(settings.record.dtype, shape)
+    stored_as, per_token = _stored(settings.record, shape)
     store = {name: _store_bytes(settings, shape, tokens, size) for name, size in per_token.items()}
     disk = _disk(settings, folder, config, tokens, store[stored_as])
     return Plan(
@@ -158,13 +158,14 @@ def bytes_per_token(shape: TargetShape, features: str, last_hidden: str) -> int:
     return sum(shape.hidden_size * BYTES[kind] + (SCALE if kind == "float8_e4m3fn" else 0) for kind in kinds)
 
 
-def _stored(dtype: str, shape: TargetShape) -> tuple[str, dict[str, int]]:
+def _stored(chosen: RecordSettings, shape: TargetShape) -> tuple[str, dict[str, int]]:
     """The recipe's choice, and bytes per token of it and of every other."""
-    sizes = {
-        features if features == last else f"features {features}, last {last}": bytes_per_token(shape, features, last)
-        for features, last in dict.fromkeys(((dtype, dtype), *STORED))
+    names = {
+        pair: pair[0] if pair[0] == pair[1] else f"features {pair[0]}, last {pair[1]}"
+        for pair in dict.fromkeys(((chosen.features_dtype, chosen.last_hidden_dtype), *STORED))
     }
-    return dtype, sizes
+    sizes = {name: bytes_per_token(shape, *pair) for pair, name in names.items()}
+    return names[chosen.features_dtype, chosen.last_hidden_dtype], sizes
 
 
 def _store_bytes(settings: Settings, shape: TargetShape, tokens: Tokens, states: int) -> int:

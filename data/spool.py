@@ -3,7 +3,7 @@
     writer = SpoolWriter(folder, lengths, limit=64)       # the recorder: lengths of the samples of every planned shard
     for index in writer.missing():
         writer.wait_for_room(index, stop.check)
-        write_shard(folder, index, samples, disagreeing)
+        write_shard(folder, index, recording, kept)
 
     reader = SpoolReader(folder, manifest, stop.check)    # the trainer, at the same time, on any host that sees the folder
     for sample in reader.samples(start=trained):          # waits for what is not recorded yet
@@ -41,7 +41,8 @@ from typing import TypeAlias
 
 from ..configs.errors import UserError
 from .files import encode_json, write_atomic
-from .store import Manifest, StoreSample, read_shard, shard_path
+from .shards import Shard, StoreSample, shard_path
+from .store import Manifest, read_shard
 
 PLAN, CONSUMED = "plan.json", "consumed.json"
 FIRST_POLL, LONGEST_POLL = 0.02, 2.0  # seconds between looks: each wait is half as long again as the one before
@@ -116,7 +117,7 @@ class SpoolReader:
         self._wait_for(folder / PLAN, f"{folder} holds no plan yet")
         self._plan: list[list[int]] = json.loads((folder / PLAN).read_bytes())
         self._first = list(accumulate((len(shard) for shard in self._plan), initial=0))
-        self._open: dict[int, list[StoreSample]] = {}
+        self._open: dict[int, Shard] = {}
         _delete(folder, range(consumed(folder)))
 
     def __len__(self) -> int:
@@ -163,16 +164,16 @@ class SpoolReader:
         self._open = {number: held for number, held in self._open.items() if number >= shards}
         _delete(self.folder, range(before, shards))
 
-    def _read(self, shard: int) -> list[StoreSample]:
+    def _read(self, shard: int) -> Shard:
         if shard < (covered := consumed(self.folder)):
             problem = f"shard {shard} was consumed, as were all before shard {covered}: a later checkpoint covers them"
             raise UserError("spool", self.folder, problem, "go on from that checkpoint, or record again")
         path = shard_path(self.folder, shard)
         self._wait_for(path, f"shard {shard} of {len(self._plan)} is not recorded yet")
-        samples = read_shard(self.folder, shard, self._manifest)
-        if [len(sample.input_ids) for sample in samples] != self._plan[shard]:
+        found = read_shard(self.folder, shard, self._manifest)
+        if found.index.lengths().tolist() != self._plan[shard]:
             raise UserError("spool", path, f"its samples are not those of {PLAN}", f"delete {self.folder}")
-        return samples
+        return found
 
     def _wait_for(self, path: Path, state: str) -> None:
         _wait(path.exists, state, self._check)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data.store import Store, StoreSample
+from ..data.shards import StoreSample
+from ..data.store import Store
 from ..models.rollout import RolloutBatch
 
 SOME_TOKENS = 16384

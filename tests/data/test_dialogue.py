@@ -198,7 +198,7 @@ def test_every_turn_is_answered_in_process(talking: Path, recipe: Settings, tiny
 @pytest.mark.usefixtures("brief")
 def test_every_turn_is_recorded(talking: Path, recipe: Settings, tiny_target: Target, monkeypatch) -> None:
     regenerate(recipe, talking, tiny_target)
-    monkeypatch.setattr("eagle3.data.record.DISAGREEING_SHARE", 1.0)  # its ends are not what it would have said
+    monkeypatch.setattr("eagle3.data.checks.DISAGREEING_SHARE", 1.0)  # its ends are not what it would have said
     record(recipe, talking, tiny_target)
     answers = {answer.id: answer for answer in read_answers(talking / ANSWERS)}
     store = Store(talking / "store")

@@ -202,7 +202,9 @@ def test_follow_ups_count_for_the_length(tmp_path: Path, write, tokenizer: PreTr
 
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"run.root = .*: it cannot be written \(Not a directory\); choose a folder"):
+    with pytest.raises(
+        UserError, match=r"run.root = .*: it cannot be written \(Not a directory\); free some space or choose a folder"
+    ):
         prepare(write(rows(train_a=5, validation_a=2, test_a=2)), tmp_path / "file" / "run", tokenizer)
 
 

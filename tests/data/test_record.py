@@ -16,26 +16,21 @@ import pytest
 import torch
 from accelerate import PartialState
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
-from eagle3.configs.settings import RecordSettings, Settings
-from eagle3.data.answers import Answer, read_answers, read_finished
-from eagle3.data.record import plan, record, recorded
+from eagle3.configs.limits import check
+from eagle3.configs.settings import Settings
+from eagle3.data.answers import read_answers, read_finished
+from eagle3.data.planning import plan
+from eagle3.data.record import record, recorded
 from eagle3.data.store import Store
 from eagle3.models.target import Target, TargetOutput
 
 fork = multiprocessing.get_context("fork")
 
 
-def answer(prompt: int, said: int, identity: str = "a") -> Answer:
-    ids = [1] * prompt + [2] * said
-    return Answer(identity, "s", "train", 1.0, ids, [[prompt, len(ids)]], "length", True)
-
-
 def test_every_sample_holds_what_the_target_computes(finished: Path, tiny_target: Target) -> None:
     store = Store(finished / "store")
     answers = {answer.id: answer for answer in read_answers(finished / "conversations" / "answers.jsonl")}
-    assert [store[i].id for i in range(len(store))] == [
-        json.loads(line)["id"] for line in (finished / "conversations" / "prompts.jsonl").open()
-    ]
+    assert sorted(sample.id for sample in store) == sorted(answers)
     for i in range(len(store)):
         sample = store[i]
         said = answers[sample.id]
@@ -50,7 +45,7 @@ def test_every_sample_holds_what_the_target_computes(finished: Path, tiny_target
 
 def test_the_manifest_says_what_the_contract_lists(finished: Path, recipe: Settings, tiny_target: Target) -> None:
     manifest = Store(finished / "store").manifest
-    assert manifest.schema == 1
+    assert manifest.schema == 2
     assert manifest.target["weights_sha256"] == tiny_target.info.weights_sha256
     assert (manifest.target["name"], manifest.target["dtype"]) == (recipe.target.path, "float32")
     assert manifest.target["layers"] == [1, 3, 4]
@@ -67,24 +62,31 @@ def test_the_manifest_says_what_the_contract_lists(finished: Path, recipe: Setti
 
 
 def test_float32_storage_is_exact(answered: Path, recipe: Settings, tiny_target: Target, changed) -> None:
-    record(changed("record", dtype="float32"), answered, tiny_target)
+    record(changed("record", features_dtype="float32", last_hidden_dtype="float32"), answered, tiny_target)
     sample = Store(answered / "store")[0]
     alone = tiny_target.forward(sample.input_ids[None].long())
     torch.testing.assert_close(sample.features, alone.features[0], rtol=1e-5, atol=1e-5)
 
 
-def test_plan_is_a_partition_within_the_limits() -> None:
-    answers = [answer(5 + i * 7 % 11, 3 + i * 5 % 13, str(i)) for i in range(40)]
-    lengths = [len(a.ids) for a in answers]
-    shards = plan(answers, RecordSettings(batch_tokens=50, shard_tokens=120))
-    flat = [sorted(i for batch in shard for i in batch) for shard in shards]
-    assert [i for shard in flat for i in shard] == list(range(40))
-    assert all(sum(lengths[i] for i in shard) <= 120 for shard in flat)
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 50 for shard in shards for batch in shard)
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for shard in shards for batch in shard)
-    assert padded < 1.1 * sum(lengths)
-    long = [answer(2, 2), answer(500, 500), answer(2, 2)]
-    assert plan(long, RecordSettings(batch_tokens=64, shard_tokens=64)) == [[[0]], [[1]], [[2]]]
+@pytest.mark.parametrize("last_hidden", ["float8_e4m3fn", "float32"])
+def test_fp8_storage_is_the_states_quantised(
+    answered: Path, recipe: Settings, tiny_target: Target, changed, last_hidden: str
+) -> None:
+    chosen = changed("record", features_dtype="float8_e4m3fn", last_hidden_dtype=last_hidden)
+    record(chosen, answered, tiny_target)
+    store = Store(answered / "store")
+    store.check(chosen)
+    assert store.verify() == []
+    assert store.manifest.dtypes["features"] == "float8_e4m3fn"
+    assert store.manifest.dtypes["features_scale"] == "float32"
+    assert ("last_hidden_scale" in store.manifest.dtypes) == (last_hidden != "float32")
+    for sample in store:
+        alone = tiny_target.forward(sample.input_ids[None].long())
+        for found, exact in ((sample.features, alone.features[0]), (sample.last_hidden, alone.last_hidden[0])):
+            assert found.shape == exact.shape
+            assert (
+                (found.float() - exact).abs() <= exact.abs() * 0.07 + exact.abs().amax(-1, keepdim=True) * 1e-4
+            ).all()
 
 
 def test_a_crash_at_any_moment_changes_nothing(
@@ -210,7 +212,8 @@ def test_two_ranks_make_the_same_store(
     for process in processes:
         process.join(30)
         process.kill()
-    shards = plan(read_finished(answered / "conversations", tiny_target.info.vocab_size), recipe.record)
+    answers = read_finished(answered / "conversations", tiny_target.info.vocab_size)
+    shards = plan([len(answer.ids) for answer in answers], recipe.record)
     shares = [sum(len(batches) for batches in shards[rank::2]) for rank in range(2)]
     assert min(shares) > 0
     assert [(answered / f"rank-{rank}").read_text() for rank in range(2)] == [f"{share} of 2" for share in shares]
@@ -222,7 +225,7 @@ def test_two_ranks_make_the_same_store(
     [
         (lambda out: out._replace(last_hidden=out.last_hidden * float("nan")), "last_hidden .* not finite"),
         (lambda out: out._replace(captured=tuple(c * 0 for c in out.captured)), "features .* are zero"),
-        (lambda out: out._replace(captured=out.captured[:2]), "its capture is at fault"),
+        (lambda out: out._replace(captured=out.captured[:2]), "features .* are .*; the capture is at fault"),
         (lambda out: out._replace(last_hidden=out.last_hidden.roll(1, 1)), "predict other tokens for"),
     ],
 )
@@ -253,8 +256,8 @@ def test_another_target_or_recipe_is_refused(
 ) -> None:
     with pytest.raises(UserError, match="record.shard_tokens = 99: .* was made with 320; set it back"):
         record(changed("record", shard_tokens=99), run_dir, tiny_target)
-    with pytest.raises(UserError, match='record.dtype = "float32": .* was made with "bfloat16"'):
-        record(changed("record", dtype="float32"), run_dir, tiny_target)
+    with pytest.raises(UserError, match='record.features_dtype = "float32": .* was made with "bfloat16"'):
+        record(changed("record", features_dtype="float32"), run_dir, tiny_target)
     other = tiny_target.info.__class__(**{**tiny_target.info.__dict__, "weights_sha256": "beef"})
     monkeypatch.setattr(tiny_target, "info", other)
     with pytest.raises(UserError, match=f'weights of the target = "beef": .* "{"[0-9a-f]" * 64}"'):
@@ -269,14 +272,16 @@ def test_another_target_or_recipe_is_refused(
     [
         ({"batch_tokens": 0}, "record.batch_tokens = 0"),
         ({"shard_tokens": -1}, "record.shard_tokens = -1"),
-        ({"dtype": "int8"}, "record.dtype = int8: not supported; choose one of float32, bfloat16"),
+        (
+            {"features_dtype": "int8"},
+            "record.features_dtype = int8: not supported; choose one of float32, bfloat16, float8",
+        ),
+        ({"last_hidden_dtype": "fp8"}, "record.last_hidden_dtype = fp8: not supported"),
     ],
 )
-def test_senseless_settings(
-    answered: Path, recipe: Settings, tiny_target: Target, values: dict[str, object], complaint: str, changed
-) -> None:
+def test_senseless_settings(values: dict[str, object], complaint: str, changed) -> None:
     with pytest.raises(UserError, match=complaint):
-        record(changed("record", **values), answered, tiny_target)
+        check(changed("record", **values))
 
 
 def test_unfinished_answers(answered: Path, recipe: Settings, tiny_target: Target) -> None:

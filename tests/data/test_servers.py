@@ -218,7 +218,6 @@ def test_the_order_of_completion_is_not_recorded(
         regenerate(settings, run, tiny_target.text)
         record(settings, run, tiny_target)
         files = files_of(run / "store")
-        files.pop("record.stage.json")  # it holds the checksum of the answers
         stores.append((read_answers(run / ANSWERS), files))
     (first, files), (second, others) = stores
     assert first != second
@@ -302,9 +301,8 @@ def test_some_failures_may_be_allowed(asked: Path, through: Through, serve: Serv
     assert (summary["answers"], summary["failed"], summary["tokenised_again"]) == (23, 1, 0)
     record(settings, asked, tiny_target)
     store = Store(asked / "store")
-    assert [store[at].id for at in range(len(store))] == [
-        json.loads(line)["id"] for line in (asked / "conversations" / "prompts.jsonl").open() if "train-3" not in line
-    ]
+    prompts = [json.loads(line)["id"] for line in (asked / "conversations" / "prompts.jsonl").open()]
+    assert sorted(store[at].id for at in range(len(store))) == sorted(set(prompts) - {"train-3"})
 
 
 def test_retries_come_to_an_end(asked: Path, through: Through, serve: Serve, tiny_target: Target) -> None:

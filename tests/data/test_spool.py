@@ -17,12 +17,15 @@ import torch
 from eagle3.configs.errors import Interrupted, UserError
 from eagle3.data import spool
 from eagle3.data.files import remove_temporaries, sha256, write_atomic
+from eagle3.data.index import Identity
+from eagle3.data.shards import Kept, StoreSample, shard_path, write_shard
 from eagle3.data.spool import SpoolReader, SpoolWriter, consumed
-from eagle3.data.store import Manifest, StoreSample, read_shard, shard_path, write_shard
+from eagle3.data.store import Manifest, read_shard
 
 LENGTHS = [[4, 3], [5], [2, 2, 3], [6, 2], [7], [3, 3], [2], [4, 4]]
 SAMPLES = sum(map(len, LENGTHS))
 LIMIT = 3
+RECORDING = "ab" * 32
 DEADLINE = 20.0  # seconds after which a test that hangs fails
 
 fork = multiprocessing.get_context("fork")
@@ -41,11 +44,18 @@ def shard(index: int) -> list[StoreSample]:
     return [sample(before + number, length) for number, length in enumerate(LENGTHS[index])]
 
 
+def publish(folder: Path, index: int, samples: list[StoreSample]) -> None:
+    kept = [
+        Kept(Identity(*found[:4]), dict(zip(StoreSample._fields[4:], found[4:], strict=True)), 0) for found in samples
+    ]
+    write_shard(folder, index, RECORDING, kept)
+
+
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
     dtypes = {"input_ids": "int32", "loss_mask": "bool", "features": "bfloat16", "last_hidden": "bfloat16"}
     target = {"layers": [1, 3, 4], "hidden_size": 8}
-    return Manifest(1, {}, target, "", "", "after the final norm", dtypes, 0, 0, 0, 0, 0, {}, ())
+    return Manifest(1, RECORDING, {}, target, "", "", "after the final norm", dtypes, 0, 0, 0, 0, 0, {}, ())
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +63,9 @@ def offline(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> lis
     """What a reader of the finished shards sees."""
     folder = tmp_path_factory.mktemp("offline")
     for index in range(len(LENGTHS)):
-        write_shard(folder, index, shard(index), 0)
-    return [digest(found) for index in range(len(LENGTHS)) for found in read_shard(folder, index, manifest)]
+        publish(folder, index, shard(index))
+    shards = [read_shard(folder, index, manifest) for index in range(len(LENGTHS))]
+    return [digest(found[row]) for found in shards for row in range(len(found))]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +89,7 @@ def produce(folder: Path) -> None:
     for index in writer.missing():
         writer.wait_for_room(index, go_on)
         remove_temporaries(folder, f"{shard_path(folder, index).stem}.*")
-        write_shard(folder, index, shard(index), 0)
+        publish(folder, index, shard(index))
         with (folder / "made.log").open("a") as log:
             log.write(f"{index}\n")
 
@@ -207,7 +218,7 @@ def test_ranks_that_record_out_of_order_never_take_the_room_of_the_shard_that_is
     fast = [index for index in ranks[1].missing() if index % 2]
     for index in fast[:1]:
         ranks[1].wait_for_room(index, go_on)
-        write_shard(tmp_path, index, shard(index), 0)
+        publish(tmp_path, index, shard(index))
     with pytest.raises(Interrupted, match="shard 3 of 8 has no room in .* before the trainer's next checkpoint"):
         ranks[1].wait_for_room(fast[1], stopping)
     ranks[0].wait_for_room(0, stopping)
@@ -221,7 +232,7 @@ def stopping(state: str) -> None:
 def test_samples_in_any_order_within_the_bound(tmp_path: Path, manifest: Manifest, offline: list[str]) -> None:
     writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
     for index in range(LIMIT):
-        write_shard(tmp_path, index, shard(index), 0)
+        publish(tmp_path, index, shard(index))
     reader = SpoolReader(tmp_path, manifest, stopping)
     assert (len(reader), reader.lengths()) == (SAMPLES, [length for lengths in LENGTHS for length in lengths])
     for number in (5, 0, 3, 1, 5, 2, 4):
@@ -254,7 +265,7 @@ def test_a_checkpoint_older_than_the_spool_is_refused(tmp_path: Path, manifest: 
 def test_what_a_killed_reader_left_is_deleted_before_its_place_is_taken(tmp_path: Path, manifest: Manifest) -> None:
     writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
     for index in range(LIMIT):
-        write_shard(tmp_path, index, shard(index), 0)
+        publish(tmp_path, index, shard(index))
     write_atomic(tmp_path / spool.CONSUMED, b'{"shards": 1}')
     writer.wait_for_room(3, stopping)
     assert published(tmp_path) == [shard_path(tmp_path, index).name for index in (1, 2)]
@@ -268,7 +279,7 @@ def test_another_plan_is_refused(tmp_path: Path, manifest: Manifest) -> None:
     SpoolWriter(tmp_path, LENGTHS, LIMIT + 1)
     with pytest.raises(UserError, match="spool = .*: it was planned for other conversations; delete"):
         SpoolWriter(tmp_path, LENGTHS[1:], LIMIT)
-    write_shard(tmp_path, 0, shard(1), 0)
+    publish(tmp_path, 0, shard(1))
     with pytest.raises(UserError, match=r"its samples are not those of plan.json"):
         SpoolReader(tmp_path, manifest, stopping)[0]
 
@@ -298,7 +309,7 @@ def test_a_long_wait_is_told(
 def test_a_shard_is_marked_before_it_is_deleted(tmp_path: Path, manifest: Manifest, crashing) -> None:
     writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
     for moment in range(1, 100):
-        write_shard(tmp_path, 0, shard(0), 0)
+        publish(tmp_path, 0, shard(0))
         with crashing(moment) as crash:
             SpoolReader(tmp_path, manifest, stopping).acknowledge(1)
         assert writer.done(0)
@@ -311,7 +322,7 @@ def test_a_shard_is_marked_before_it_is_deleted(tmp_path: Path, manifest: Manife
 def test_what_another_rank_acknowledged_is_let_go(tmp_path: Path, manifest: Manifest) -> None:
     SpoolWriter(tmp_path, LENGTHS, LIMIT)
     for index in range(LIMIT):
-        write_shard(tmp_path, index, shard(index), 0)
+        publish(tmp_path, index, shard(index))
     main, other = (SpoolReader(tmp_path, manifest, stopping) for _ in range(2))
     for reader in (main, other):
         assert reader[0].id == "sample-0"

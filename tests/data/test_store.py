@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import Settings
-from eagle3.data.files import encode_json, sha256
-from eagle3.data.store import Store
+from eagle3.data.files import encode_json
+from eagle3.data.store import Store, read_manifest, write_manifest
 from eagle3.models.target import Target
 from transformers import AutoTokenizer
 
 SHARD = "shard-00001.safetensors"
+BESIDE = (
+    "index.safetensors",
+    "head.safetensors",
+    "vocabulary.safetensors",
+    "record.stage.json",
+    "tokenizer/tokenizer.json",
+)
 
 
 def flip(path: Path, offset: int) -> None:
@@ -97,7 +105,7 @@ def test_check_accepts_the_recipe(finished: Path, recipe: Settings, changed) -> 
         ("target", {"revision": "v2"}, "target.revision = v2: .* was recorded with None"),
         ("target", {"dtype": "bfloat16"}, "target.dtype = bfloat16: .* was recorded with float32"),
         ("target", {"layers": (0, 3, 4)}, r"target.layers = \[0, 3, 4\]: .* was recorded with \[1, 3, 4\]"),
-        ("record", {"dtype": "float32"}, "record.dtype = float32: .* was recorded with bfloat16"),
+        ("record", {"features_dtype": "float32"}, "record.features_dtype = float32: .* was recorded with bfloat16"),
         ("draft", {"vocab_size": 100_000}, "draft.vocab_size = 100000: the target has a vocabulary of"),
     ],
 )
@@ -110,7 +118,7 @@ def test_a_whole_store_verifies(finished: Path) -> None:
     assert Store(finished / "store").verify() == []
 
 
-@pytest.mark.parametrize("name", [SHARD, "head.safetensors", "vocabulary.safetensors", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", [SHARD, *BESIDE])
 def test_a_flipped_byte_is_found(run_dir: Path, name: str) -> None:
     store = Store(run_dir / "store")
     flip(run_dir / "store" / name, -3)
@@ -128,13 +136,16 @@ def test_no_byte_of_a_shard_is_left_unchecked(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 3, 7, 8, 9, 40, 100, 200])
-def test_a_damaged_header_is_found_at_once(run_dir: Path, offset: int) -> None:
+def test_a_damaged_header_is_found_when_the_shard_is_first_read(run_dir: Path, offset: int) -> None:
     flip(run_dir / "store" / SHARD, offset)
+    store = Store(run_dir / "store")
+    kept = store.manifest.shards[0].samples
+    assert [store[i].id for i in range(kept)]  # the shard before it is as good as ever
     with pytest.raises(UserError, match=SHARD):
-        Store(run_dir / "store")
+        store[kept]
 
 
-@pytest.mark.parametrize("name", [SHARD, "head.safetensors", "vocabulary.safetensors", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", [SHARD, *BESIDE])
 def test_a_truncated_or_missing_file_is_found_at_once(run_dir: Path, name: str) -> None:
     path = run_dir / "store" / name
     store = Store(run_dir / "store")
@@ -177,22 +188,52 @@ def test_a_damaged_manifest_is_refused(run_dir: Path) -> None:
     for content in (
         b"",
         b"[]",
-        b'{"schema": 1}',
+        b'{"schema": 2}',
         path.read_bytes().replace(b'"sums"', b'"bums"').replace(b"32", b"33", 1),
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"manifest.json: it is damaged"):
             Store(run_dir / "store")
-    path.write_bytes(encode_json(fields | {"schema": 2}))
-    with pytest.raises(UserError, match="its schema is 2, this version reads 1"):
+    path.write_bytes(encode_json(fields | {"schema": 1}))
+    with pytest.raises(UserError, match="its schema is 1, this version reads 2"):
         Store(run_dir / "store")
 
 
 def test_a_manifest_that_contradicts_its_shards(run_dir: Path) -> None:
-    path = run_dir / "store" / "manifest.json"
-    fields = json.loads(path.read_bytes())
-    del fields["sha256"]
-    fields["target"]["layers"] = [1, 3]
-    path.write_bytes(encode_json({"sha256": sha256(encode_json(fields)), **fields}))
+    folder = run_dir / "store"
+    manifest = read_manifest(folder)
+    write_manifest(folder, replace(manifest, target=manifest.target | {"layers": [1, 3]}))
     with pytest.raises(UserError, match="its tensors are not those of the manifest"):
+        Store(folder)[0]
+    write_manifest(folder, replace(manifest, dtypes=manifest.dtypes | {"features": "float8_e4m3fn"}))
+    with pytest.raises(UserError, match="its tensors are not those of the manifest"):
+        Store(folder)[0]
+
+
+def test_shards_and_index_of_another_recording_are_refused(run_dir: Path) -> None:
+    folder = run_dir / "store"
+    manifest = read_manifest(folder)
+    others = tuple(replace(entry, recording="another") for entry in manifest.shards)
+    write_manifest(folder, replace(manifest, shards=others))
+    with pytest.raises(UserError, match="shard-00000.safetensors: it is another recording's"):
+        Store(folder)[0]
+    write_manifest(folder, replace(manifest, recording="another"))
+    with pytest.raises(UserError, match="index.safetensors: it is another recording's"):
+        Store(folder)
+    write_manifest(folder, replace(manifest, shards=tuple(reversed(manifest.shards))))
+    with pytest.raises(UserError, match="its samples are not those of index.safetensors"):
+        Store(folder)[0]
+
+
+def test_a_damaged_index_is_found_at_once(run_dir: Path) -> None:
+    flip(run_dir / "store" / "index.safetensors", -3)
+    with pytest.raises(UserError, match="index.safetensors: it is not what was recorded"):
         Store(run_dir / "store")
+
+
+def test_the_facts_of_a_shard_are_verified(run_dir: Path) -> None:
+    store, path = Store(run_dir / "store"), run_dir / "store" / "shard-00001.json"
+    flip(path, 20)
+    assert store.verify() == ["shard-00001.json is missing or not what was recorded"]
+    path.unlink()
+    assert store.verify() == ["shard-00001.json is missing or not what was recorded"]

@@ -1,0 +1,201 @@
+"""A shard: the unit that is recorded, published, read and, when it is damaged, recorded again.
+
+    entry = write_shard(folder, 7, recording, kept)        # shard-00007.json, then shard-00007.safetensors
+    shard = Shard.open(folder, entry)
+    shard[0]                                               # StoreSample; bfloat16 and float32 states are mapped
+
+A shard is readable by itself, without a manifest and whatever became of the others.
+
+Shapes: N tokens of a shard, S samples of a shard, T tokens of a sample, F captured layers, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .files import FileEntry, check_size, damaged, encode_json, read_tensors, sha256, tensor_file, write_atomic
+from .index import Identity, Index
+from .quantise import decode
+
+HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
+PATTERN = "shard-*.safetensors"
+
+
+class StoreSample(NamedTuple):
+    """One conversation with the target's states, in bfloat16 or float32."""
+
+    id: str
+    source: str
+    split: str
+    temperature: float
+    input_ids: Tensor  # [T] int32
+    loss_mask: Tensor  # [T] bool
+    features: Tensor  # [T, F, H]
+    last_hidden: Tensor  # [T, H]
+
+
+class Kept(NamedTuple):
+    """One sample as it is stored: ``tensors`` has ``input_ids``, ``loss_mask`` and the encoded states."""
+
+    identity: Identity
+    tensors: dict[str, Tensor]
+    disagreeing: int  # tokens of a greedy answer that the states do not predict
+
+    @property
+    def supervised(self) -> int:
+        """Tokens in the loss mask."""
+        return int(self.tensors["loss_mask"].sum())
+
+
+@dataclass(frozen=True)
+class ShardEntry(FileEntry):
+    """A shard as it was when it was written; its states do not predict ``disagreeing`` of its ``greedy_tokens``.
+
+    ``recording`` tells the shards of this store from those of any other.
+    """
+
+    header_sha256: str
+    name: str
+    recording: str
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    greedy_tokens: int
+    disagreeing: int
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """``<folder>/shard-00007.safetensors``."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, recording: str, kept: Sequence[Kept]) -> ShardEntry:
+    """Publish one shard; nothing of it is visible before all of it is durable.
+
+    Args:
+        folder: the store's.
+        number: the shard's.
+        recording: what its store calls itself.
+        kept: its samples, one or more, in the order of the plan.
+    """
+    lengths = [len(sample.tensors["input_ids"]) for sample in kept]
+    index = Index.of([sample.identity for sample in kept], lengths, [sample.supervised for sample in kept])
+    packed = {name: torch.cat([sample.tensors[name] for sample in kept]) for name in kept[0].tensors}
+    greedy = index.temperature == 0.0
+    disagreeing = sum(sample.disagreeing for sample in kept)
+    return publish(folder, number, recording, index, packed, int(index.supervised[greedy].sum()), disagreeing)
+
+
+def publish(
+    folder: Path,
+    number: int,
+    recording: str,
+    index: Index,
+    packed: Mapping[str, Tensor],
+    greedy_tokens: int,
+    disagreeing: int,
+) -> ShardEntry:
+    """Write the samples of ``index`` whose tensors are ``packed`` back to back, and the facts of them."""
+    path = shard_path(folder, number)
+    parts = tensor_file({**packed, **index.tensors()}, {**index.metadata(), "recording": recording})
+    entry = ShardEntry(
+        sha256=sha256(*parts),
+        bytes=sum(len(part) for part in parts),
+        header_sha256=sha256(parts[0]),
+        name=path.name,
+        recording=recording,
+        samples=len(index),
+        tokens=int(index.offsets[-1]),
+        supervised_tokens=int(index.supervised.sum()),
+        greedy_tokens=greedy_tokens,
+        disagreeing=disagreeing,
+    )
+    write_atomic(facts_path(path), facts(entry))
+    write_atomic(path, *parts)
+    return entry
+
+
+def facts_path(path: Path) -> Path:
+    """Where the facts of the shard at ``path`` are published."""
+    return path.with_suffix(".json")
+
+
+def facts(entry: ShardEntry) -> bytes:
+    """The content of a shard's facts."""
+    return encode_json(asdict(entry))
+
+
+def read_entry(path: Path) -> ShardEntry:
+    """The published facts of the shard at ``path``.
+
+    Raises:
+        UserError: the shard has not the size that was written, or its facts are lost or not what was written.
+    """
+    stands = facts_path(path)
+    try:
+        content = stands.read_bytes()
+        entry = ShardEntry(**json.loads(content))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(path, f"its {stands.name} is missing or damaged ({error})") from None
+    if content != facts(entry) or entry.name != path.name:
+        raise damaged(path, f"its {stands.name} is damaged")
+    check_size(path, entry)
+    return entry
+
+
+class Shard:
+    """One shard, mapped into memory.
+
+    Args:
+        path: its file.
+        tensors: those of ``[N, ...]``, views of the mapped file.
+        index: who its samples are.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor], index: Index) -> None:
+        self.path, self.tensors, self.index = path, tensors, index
+
+    @classmethod
+    def open(cls, folder: Path, entry: ShardEntry) -> Shard:
+        """Map a shard; its header and counts are checked, every byte only by its checksum.
+
+        Raises:
+            UserError: it is missing, or not what was written.
+        """
+        path = folder / entry.name
+        check_size(path, entry)
+        with path.open("rb") as file:
+            length = file.read(HEADER_LENGTH)
+            header = file.read(min(int.from_bytes(length, "little"), entry.bytes))
+        if sha256(length, header) != entry.header_sha256:
+            raise damaged(path, "its header is not what was recorded")
+        tensors, metadata = read_tensors(path)
+        if metadata["recording"] != entry.recording:
+            raise damaged(path, "it is another recording's")
+        index = Index.read(tensors, metadata)
+        packed = {name: tensor for name, tensor in tensors.items() if name not in Index.COLUMNS}
+        counts = (len(index), *(len(tensor) for tensor in packed.values()))
+        problem = index.contradiction()
+        if (
+            problem
+            or int(index.offsets[-1]) != entry.tokens
+            or counts != (entry.samples, *[entry.tokens] * len(packed))
+        ):
+            raise damaged(path, problem or "its counts are not those that were recorded")
+        return cls(path, packed, index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> StoreSample:
+        rows = slice(*self.index.offsets[row : row + 2].tolist())
+        stored = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        states = (decode(name, stored) for name in ("features", "last_hidden"))
+        return StoreSample(*self.index.identity(row), stored["input_ids"], stored["loss_mask"], *states)
