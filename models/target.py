@@ -17,7 +17,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,12 +153,13 @@ def location(path: str) -> str:
     return str(EMBEDDED) if path == "embedded" else path
 
 
-def load_target(settings: TargetSettings) -> Target:
-    """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
+@contextmanager
+def opened(settings: TargetSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What transformers calls the target's files: a name, and the arguments that choose the revision.
 
     Raises:
-        UserError: no such folder, a hub that cannot be reached, files that are no causal language model, or a setting
-            that does not suit it.
+        UserError: no such folder; or, while they are read, what transformers says of missing files, refused downloads
+            and unknown types.
     """
     if settings.dtype not in DTYPES:
         raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
@@ -167,30 +169,37 @@ def load_target(settings: TargetSettings) -> Target:
     is_path = Path(path).is_absolute() or path.startswith(".")
     if is_path and not (Path(path) / "config.json").is_file():
         raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")
-    where = {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     try:
-        config = AutoConfig.from_pretrained(path, **where)
-        checksum = _weights_sha256(path, where)
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=DTYPES[settings.dtype], **placement, **where
-        )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what transformers raises for missing files, refused downloads, unknown types
+        yield path, {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
+    except (OSError, ValueError) as error:
         problem = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
             "target.path", settings.path, problem, "check the name, or the connection to the hub"
         ) from error
+
+
+def load_target(settings: TargetSettings) -> Target:
+    """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
+
+    Raises:
+        UserError: no such folder, a hub that cannot be reached, files that are no causal language model, or a setting
+            that does not suit it.
+    """
+    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+    with opened(settings) as (path, where):
+        config = AutoConfig.from_pretrained(path, **where)
+        checksum = weights_sha256(path, where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=DTYPES[settings.dtype], **placement, **where
+        )
     model.requires_grad_(False)
     target = Target(model, tokenizer, settings, checksum)
     check_head(target)
     return target
 
 
-def _weights_sha256(path: str, where: dict[str, Any]) -> str:
+def weights_sha256(path: str, where: dict[str, Any]) -> str:
     """The checksum of model.safetensors; of several shards, that of the lines ``<checksum> <name>`` by name."""
     single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
     if single is not None:

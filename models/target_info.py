@@ -93,7 +93,7 @@ def describe(
         hidden_size=config.hidden_size,
         vocab_size=head.lm_head.shape[0],
         eos_ids=tuple(sorted(ends - {None})),
-        layers=_layers(settings, count),
+        layers=captured_layers(settings, count),
         dtype=str(model.dtype).removeprefix("torch."),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
@@ -104,7 +104,7 @@ def describe(
     )
 
 
-def _layers(settings: TargetSettings, count: int) -> tuple[int, ...]:
+def captured_layers(settings: TargetSettings, count: int) -> tuple[int, ...]:
     """The captured layers: low, middle and high, as the EAGLE-3 paper has them, unless the recipe says otherwise."""
     layers = (1, count // 2 - 1, count - 4) if settings.layers is None else tuple(settings.layers)
     problem = ""
