@@ -67,7 +67,7 @@ class VllmServer:
         self.url, self._capture = url.rstrip("/"), capture
         if not re.match(r"https?://\w", url):
             raise UserError("record.endpoints", url, "it is no address", "give one as http://127.0.0.1:8000")
-        self._longest = 0  # what it takes, once it has proved itself
+        self._longest = 0  # how many tokens it takes, once it has proved itself
         self._lost = False
 
     def states(self, ids: np.ndarray, request: str) -> Tensor:
@@ -77,10 +77,9 @@ class VllmServer:
             Unavailable: it does not answer, or ended while it did.
             UserError: it is not such a server, or its states are not what was asked for.
         """
-        if not self._longest:
-            self._greet(ids[:GREETING], f"{request}-greeting")
-        if len(ids) >= self._longest:
-            problem = f"it takes {self._longest - 1:,} tokens, and a conversation has {len(ids):,}"
+        longest = self._longest or self._greet(ids[:GREETING], f"{request}-greeting")
+        if len(ids) >= longest:
+            problem = f"it takes {longest - 1:,} tokens, and a conversation has {len(ids):,}"
             raise self._refused(problem, "start it with a larger --max-model-len, or record shorter conversations")
         return self._read(self._complete(ids, request), ids)
 
@@ -91,8 +90,12 @@ class VllmServer:
             self._lost = True
             print(f"record: {self.url}: {failure}; trying again", file=sys.stderr, flush=True)
 
-    def _greet(self, ids: np.ndarray, request: str) -> None:
-        """Refuse a server with other layers, another model or another last state; the rest shows in every answer."""
+    def _greet(self, ids: np.ndarray, request: str) -> int:
+        """Refuse a server with other layers, another model or another last state; the rest shows in every answer.
+
+        Returns:
+            How many tokens it takes, its own answer of one included.
+        """
         try:
             served = {model["id"]: model["max_model_len"] for model in json.loads(self._get("/v1/models"))["data"]}
         except (KeyError, TypeError, ValueError) as error:
@@ -111,6 +114,7 @@ class VllmServer:
             problem = f"log-probabilities from its last state differ from its own by {difference:.2g} in the mean"
             raise self._refused(f"{problem}: it runs another model, or its last state is another layer's")
         self._longest, self._lost = served[self._capture.name], False
+        return int(served[self._capture.name])
 
     def _complete(self, ids: np.ndarray, request: str, **more: int) -> Any:
         """The answer to ``ids``, which it must repeat, with the name of a file in it."""

@@ -44,6 +44,7 @@ def test_of_an_untied_model_in_several_files(
 ) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16}
     made = model(config(vocab_size=tiny_target.info.vocab_size, tie_word_embeddings=False, **sizes))
     with torch.no_grad():
         made.model.norm.weight.normal_()
