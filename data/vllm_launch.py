@@ -1,5 +1,7 @@
 """How vLLM servers are started that capture what a recipe asks for.
 
+    python -m eagle3.data.vllm_launch maverick record.server_gpus=8     # prints the command
+
 vLLM numbers layers by their input: its id i + 1 is our layer i, and its id N, for N layers, is what enters the final
 norm. A server does not say which layers it captures. So it is started under a name that does, and the recorder refuses
 another one.
@@ -8,10 +10,16 @@ another one.
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 
+from ..configs.entry import finish
+from ..configs.errors import UserError
+from ..configs.loader import load
 from ..configs.settings import Settings
 from ..models.target import location
+from ..models.target_files import layers_of
 
 CONNECTOR = {"kv_connector": "ExampleHiddenStatesConnector", "kv_role": "kv_producer"}
 
@@ -49,3 +57,16 @@ def launch_command(settings: Settings, layers: Sequence[int], num_layers: int) -
 
 def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
+
+
+def main() -> None:
+    """Print the command for what the command line names, as a shell takes it."""
+    recipe, *overrides = sys.argv[1:] or [""]
+    if not recipe or recipe.startswith("-"):
+        raise UserError("recipe", recipe or "(none)", "there is no recipe", "write CONFIG [section.name=value ...]")
+    settings = load(recipe, overrides)
+    print(shlex.join(launch_command(settings, *layers_of(settings.target))))
+
+
+if __name__ == "__main__":
+    sys.exit(finish(main))

@@ -62,7 +62,7 @@ class VllmRecorder:
         """One :class:`States` per sequence of token ids ``[T]``, in order.
 
         At most twice as many sequences as the servers take at once are ahead of the one that is yielded, so give it as
-        many as there are.
+        many as there are. Several threads may record at once; they share what the servers take.
 
         Raises:
             UserError: a server is not what the recipe needs, or none has answered for ``record.patience_s``.
@@ -92,8 +92,7 @@ class VllmRecorder:
             except Unavailable as failure:
                 server.lost(failure)
                 if time.monotonic() > deadline:
-                    remedy = "start it again, and resume; see its log for why it failed"
-                    raise UserError("record.endpoints", server.url, str(failure), remedy) from failure
+                    raise server.refused(str(failure)) from failure
                 if stop.wait(min(SHORTEST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S)):
                     raise
             finally:
@@ -113,16 +112,20 @@ def spool(folder: Path) -> Iterator[str]:
     name = f"eagle3-{uuid.uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        found = list(folder.glob(f"*eagle3-{ANY_TAG}*"))  # before the living: who comes in between has none of these
         living = [owner.stem for owner in folder.glob(f"eagle3-{ANY_TAG}.owner") if _held(owner)]
-        for path in folder.glob(f"*eagle3-{ANY_TAG}*"):
+        for path in found:
             if not any(owner in path.name for owner in living):
                 path.unlink(missing_ok=True)
-        lock = (folder / f"{name}.owner").open("w")
+        # It gets its name once it is locked: another recorder that looks in between must not think it abandoned.
+        unnamed = folder / f"{name.removeprefix('eagle3-')}.starting"
+        lock = unnamed.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        unnamed.rename(folder / f"{name}.owner")
     except OSError as error:
         problem = f"it cannot be written ({error.strerror})"
         raise UserError("record.states_folder", folder, problem, "choose a folder that you may write to") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield name
         finally:
@@ -132,9 +135,11 @@ def spool(folder: Path) -> Iterator[str]:
 
 def _held(path: Path) -> bool:
     """Whether another process, or another recorder of this one, holds the lock on ``path``."""
-    with path.open() as file:
-        try:
+    try:
+        with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except FileNotFoundError:  # it has ended
+        return False
+    except BlockingIOError:
+        return True
     return False

@@ -80,7 +80,7 @@ class VllmServer:
         longest = self._longest or self._greet(ids[:GREETING], f"{request}-greeting")
         if len(ids) >= longest:
             problem = f"it takes {longest - 1:,} tokens, and a conversation has {len(ids):,}"
-            raise self._refused(problem, "start it with a larger --max-model-len, or record shorter conversations")
+            raise self.refused(problem, "start it with a larger --max-model-len, or record shorter conversations")
         return self._read(self._complete(ids, request), ids)
 
     def lost(self, failure: Unavailable) -> None:
@@ -99,11 +99,11 @@ class VllmServer:
         try:
             served = {model["id"]: model["max_model_len"] for model in json.loads(self._get("/v1/models"))["data"]}
         except (KeyError, TypeError, ValueError) as error:
-            raise self._refused("it is no vLLM server") from error
+            raise self.refused("it is no vLLM server") from error
         if self._capture.name not in served:
-            raise self._refused(f"it serves {', '.join(served)} and not {self._capture.name}")
+            raise self.refused(f"it serves {', '.join(served)} and not {self._capture.name}")
         if PREFIX_CACHING.search(self._get("/metrics")):
-            raise self._refused("it caches prefixes, and states of cached tokens may be missing")
+            raise self.refused("it caches prefixes, and states of cached tokens may be missing")
         answer = self._complete(ids, request, prompt_logprobs=0)
         logits_TV = self._capture.ends.logits(self._capture.ends.norm(self._read(answer, ids)[:-1, -1]))
         ours = logits_TV.float().log_softmax(-1).gather(1, torch.from_numpy(ids[1:]).long()[:, None])[:, 0]
@@ -112,7 +112,7 @@ class VllmServer:
         difference = (ours - theirs).abs().mean().item() if len(said) else 0.0
         if not difference <= LOGPROB_TOLERANCE:
             problem = f"log-probabilities from its last state differ from its own by {difference:.2g} in the mean"
-            raise self._refused(f"{problem}: it runs another model, or its last state is another layer's")
+            raise self.refused(f"{problem}: it runs another model, or its last state is another layer's")
         self._longest, self._lost = served[self._capture.name], False
         return int(served[self._capture.name])
 
@@ -123,9 +123,9 @@ class VllmServer:
         headers = {"Content-Type": "application/json", "X-Request-Id": request}
         answer = json.loads(self._ask(urllib.request.Request(f"{self.url}/v1/completions", content, headers)))
         if not (answer.get("kv_transfer_params") or {}).get("hidden_states_path"):
-            raise self._refused("it answers without hidden states: it was started without their connector")
+            raise self.refused("it answers without hidden states: it was started without their connector")
         if answer["choices"][0].get("prompt_token_ids") != ids.tolist():
-            raise self._refused("it does not repeat the token ids that it was given", "take vLLM 0.32 or later")
+            raise self.refused("it does not repeat the token ids that it was given", "take vLLM 0.32 or later")
         return answer
 
     def _get(self, path: str) -> str:
@@ -139,7 +139,7 @@ class VllmServer:
             said = error.read().decode(errors="replace")[:200]
             if error.code in TRANSIENT or error.code >= 500:
                 raise Unavailable(f"it fails ({error.code}: {said})") from error
-            raise self._refused(f"it refuses ({error.code}: {said})", "see its log") from error
+            raise self.refused(f"it refuses ({error.code}: {said})", "see its log") from error
         except (OSError, http.client.HTTPException) as error:
             raise Unavailable(f"it does not answer ({error})") from error
 
@@ -187,17 +187,18 @@ class VllmServer:
         expected = (len(ids), self._capture.states, ends.info.hidden_size)
         dtype = ends.head.norm_weight.dtype
         if tensors["token_ids"].tolist() != ids.tolist():
-            raise self._refused("its states are those of other tokens")
+            raise self.refused("its states are those of other tokens")
         if states_TSH.shape != expected:
-            raise self._refused(f"its states are {tuple(states_TSH.shape)} and not {expected} (tokens, layers, width)")
+            raise self.refused(f"its states are {tuple(states_TSH.shape)} and not {expected} (tokens, layers, width)")
         if states_TSH.dtype != dtype:
-            raise self._refused(f"its states are {states_TSH.dtype} and not {dtype}")
+            raise self.refused(f"its states are {states_TSH.dtype} and not {dtype}")
         largest_TS = states_TSH.abs().amax(-1)
         if not largest_TS.isfinite().all():
-            raise self._refused("its states are not finite", "check its dtype and its quantisation")
+            raise self.refused("its states are not finite", "check its dtype and its quantisation")
         if (largest_TS == 0).any():
-            raise self._refused("its states are zero for some tokens, as they are for those that it has cached")
+            raise self.refused("its states are zero for some tokens, as they are for those that it has cached")
         return states_TSH
 
-    def _refused(self, problem: str, remedy: str | None = None) -> UserError:
+    def refused(self, problem: str, remedy: str | None = None) -> UserError:
+        """What the user is told; the remedy is to start it as the recipe needs it, unless another is given."""
         return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command}")

@@ -6,14 +6,16 @@ Shapes: H hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
 from .kv_cache import CHUNKED, FULL, SLIDING
+
+if TYPE_CHECKING:  # whoever reads a store needs these types and none of transformers' memory
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,6 @@ def test_every_limit_and_choice_belongs_to_a_setting() -> None:
         setting.name
         for section in loader.describe().values()
         for setting in section
-        if setting.type.startswith(("int", "float", "tuple"))
+        if setting.type.startswith(("int", "float", "tuple[int", "tuple[float"))
     }
     assert numbers == limits.LIMITS.keys()

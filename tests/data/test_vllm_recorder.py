@@ -11,6 +11,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eagle3.configs.entry import finish
 from eagle3.configs.errors import UserError
 from eagle3.configs.loader import load
 from eagle3.configs.settings import Settings, TargetSettings
-from eagle3.data import vllm_recorder, vllm_server
+from eagle3.data import vllm_launch, vllm_recorder, vllm_server
 from eagle3.data.recorders import States
 from eagle3.data.vllm_launch import launch_command, layer_ids
 from eagle3.data.vllm_recorder import VllmRecorder, spool
@@ -195,6 +197,18 @@ def test_states_of_several_servers_come_in_order_and_leave_no_file(
     assert list(folder.iterdir()) == []
 
 
+def test_several_threads_share_what_a_server_takes(
+    serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], tiny_target: Target, folder: Path
+) -> None:
+    server, asked = serve(), sequences(24)
+    shared = recorder(server)
+    with ThreadPoolExecutor(4) as threads:
+        parts = list(threads.map(lambda at: list(shared.record(asked[at : at + 6])), range(0, 24, 6)))
+    same([states for part in parts for states in part], asked, tiny_target)
+    assert server.most_at_once <= 3
+    assert list(folder.iterdir()) == []
+
+
 def test_it_runs_ahead_of_its_reader_no_further_than_it_says(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], folder: Path
 ) -> None:
@@ -202,6 +216,7 @@ def test_it_runs_ahead_of_its_reader_no_further_than_it_says(
     states = recorder(server).record(sequences(30))
     next(states)
     time.sleep(0.5)
+    assert [path.suffix for path in folder.iterdir()] == [".owner"]  # what was read is gone already
     assert server.asked <= 3 + 7 + 1  # greetings of three threads, twice three ahead, and what was read
     states.close()
     assert list(folder.iterdir()) == []
@@ -248,7 +263,7 @@ def test_it_gives_up_when_no_server_answers(
 ) -> None:
     gone = serve()
     gone.stop()
-    with pytest.raises(UserError, match=rf"{gone.url}: it does not answer \(.*refused.*start it again, and resume"):
+    with pytest.raises(UserError, match=rf"{gone.url}: it does not answer \(.*refused.*start it as: vllm serve"):
         list(recorder(gone, patience_s=0.3).record(sequences(3)))
     assert list(folder.iterdir()) == []
 
@@ -380,6 +395,17 @@ def test_the_command_is_that_of_mavericks_recipe() -> None:
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": [2, 24, 45, 48]}},
     }
     assert spoken["--kv-transfer-config"]["kv_connector"] == "ExampleHiddenStatesConnector"
+
+
+def test_the_command_is_printed_as_a_shell_takes_it(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vllm_launch", "tiny", f"target.path={tiny_folder}"])
+    assert finish(vllm_launch.main) == 0
+    settings = load("tiny", [f"target.path={tiny_folder}"])
+    assert shlex.split(capsys.readouterr().out) == launch_command(settings, (1, 3, 4), 8)
+    monkeypatch.setattr("sys.argv", ["vllm_launch"])
+    assert finish(vllm_launch.main) == 2
 
 
 def test_a_captured_last_layer_is_asked_for_once() -> None:

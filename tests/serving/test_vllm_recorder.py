@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -22,8 +25,7 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.loader import load
 from eagle3.configs.settings import Settings, TargetSettings
 from eagle3.data.chat import prompt_ids
-from eagle3.data.conversations import read_conversations
-from eagle3.data.prepare import prepare
+from eagle3.data.conversations import Conversation
 from eagle3.data.recorders import States
 from eagle3.data.vllm_launch import launch_command
 from eagle3.data.vllm_recorder import VllmRecorder
@@ -37,6 +39,7 @@ pytestmark = pytest.mark.serving
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-serving" / "bin" / "python"
 CONVERSATIONS = 32
+MOST = 620  # tokens of a prompt
 PATIENCE_S = 150.0  # for an engine that is starting
 RELATIVE = 1e-4  # of a token's state in one layer: |theirs - ours| / |ours|, both norms over the width
 
@@ -98,18 +101,17 @@ def target() -> Target:
 
 
 @pytest.fixture(scope="module")
-def conversations(target: Target, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[np.ndarray, int]]:
-    """Token ids of prompts with their greedy answers, and where the answer begins; the longest cross chunks of 256."""
-    folder = tmp_path_factory.mktemp("prompts")
-    few = load("tiny", ["prepare.train=8", "prepare.validation=1", f"prepare.test={CONVERSATIONS}"])
-    prepare(few, folder, target.tokenizer)
-    found = [c for c in read_conversations(folder / "conversations" / "prompts.jsonl") if c.split == "test"]
-    prompts = [prompt_ids(target.tokenizer, conversation) for conversation in found]
-    before = [[], *([[token for prompt in prompts[:count] for token in prompt] for count in (3, 6)])]
-    prompts = [[*before[at % 3], *prompt][-620:] for at, prompt in enumerate(prompts)]
-    answers = target.generate(prompts, [0.0] * len(prompts), 32)
+def conversations(target: Target) -> list[tuple[np.ndarray, int]]:
+    """Token ids of questions with their greedy answers, and where the answer begins; the longest cross chunks of 256."""
+    functions = [entry for module in (textwrap, shutil) for _, entry in sorted(inspect.getmembers(module, callable))]
+    texts = [text for function in functions if (text := inspect.getdoc(function))][:CONVERSATIONS]
+    prompts = []
+    for text in texts:
+        asked = [{"role": "user", "content": f"Write a function for this:\n{text}"}]
+        prompts.append(prompt_ids(target.tokenizer, Conversation("", "", "test", asked))[-MOST:])
     assert len(prompts) == CONVERSATIONS
-    assert max(map(len, prompts)) > 300
+    assert min(map(len, prompts)) < 128 < 400 < max(map(len, prompts))
+    answers = target.generate(prompts, [0.0] * len(prompts), 32)
     return [
         (np.array([*prompt, *answer.ids], dtype=np.int32), len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -137,10 +139,11 @@ def test_float32_is_transformers_although_the_server_is_killed_and_restarted(
     recorder = VllmRecorder(engine.settings, load_ends(engine.settings.target))
     recording = recorder.record([ids for ids, _ in conversations])
     recorded = [next(recording) for _ in range(6)]
+    capsys.readouterr()  # it waited while the server started, and said so
     engine.kill()
     engine.start()
     recorded += recording
-    assert "it does not answer" in capsys.readouterr().err
+    assert f"record: {engine.settings.record.endpoints[0]}: it " in capsys.readouterr().err
     assert list(Path(engine.settings.record.states_folder).iterdir()) == []
     worst = 0.0
     for states, (ids, answer) in zip(recorded, conversations, strict=True):
