@@ -25,14 +25,16 @@ from .configs.loader import describe, load, recipes
 from .configs.settings import Settings
 
 if TYPE_CHECKING:
-    from .data import inspection, prepare, record, regenerate
-    from .eval import export, report
+    from .data import inspection, plan, plan_table, prepare, record, regenerate
+    from .eval import export, imports, report
     from .eval import stage as evaluation
     from .models import target as targets
     from .train import loop
 else:
     inspection = Lazy("eagle3.data.inspection")
+    plan, plan_table = Lazy("eagle3.data.plan"), Lazy("eagle3.data.plan_table")
     export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
+    imports = Lazy("eagle3.eval.imports")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
     record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
@@ -48,6 +50,16 @@ class Run:
     def target(self) -> targets.Target:
         """The frozen model; seconds for a small one, minutes for a large one."""
         return targets.load_target(self.settings.target)
+
+    @cached_property
+    def text(self) -> targets.TargetText:
+        """Its tokenizer and the like, for which no weights are loaded."""
+        return targets.load_text(self.settings.target)
+
+    @property
+    def answering(self) -> targets.Target | targets.TargetText:
+        """The target, or its text alone where servers answer in its place."""
+        return self.text if self.settings.regenerate.endpoints else self.target
 
 
 class Stage(NamedTuple):
@@ -67,13 +79,13 @@ STAGES = {
     "prepare": Stage(
         "choose the prompts and split them",
         lambda run: prepare.prepared(run.settings, run.folder),
-        lambda run: prepare.prepare(run.settings, run.folder, run.target.tokenizer),
+        lambda run: prepare.prepare(run.settings, run.folder, run.text.tokenizer),
         ("run", "target", "prepare"),
     ),
     "regenerate": Stage(
-        "let the target answer them",
+        "let the target answer the prompts, in process or on servers",
         lambda run: regenerate.regenerated(run.settings, run.folder),
-        lambda run: regenerate.regenerate(run.settings, run.folder, run.target),
+        lambda run: regenerate.regenerate(run.settings, run.folder, run.answering),
         ("run", "target", "regenerate"),
     ),
     "record": Stage(
@@ -97,12 +109,19 @@ STAGES = {
 }
 OTHERS = {
     "run": "all stages in order, skipping those that are complete",
+    "plan": "what a run will cost in tokens, disk, memory and hours, before anything of it starts",
     "inspect": "what a recorded store holds, and whether it is whole",
     "export": "write a run's head in the format of a serving engine, or check one that was written",
+    "import": "make a head that another trainer wrote fit to be evaluated and trained on",
     "report": "make reports again, or set several runs side by side",
 }
 
 
+PLAN = """\
+Say what a run will cost before anything of it starts. Only the target's configuration is read.
+
+Tokens are those of the run's store or answers where it has them, else as many as the recipe's limits allow; hours are told
+for the speeds that are given. A disk that is too small is warned of, with exit code 0."""
 EXPORT = """\
 Write a run's head in the format of a serving engine, with a model card that says how to launch it.
 
@@ -110,6 +129,13 @@ Every export is read back as the engine will read it, defaults and all, and comp
 --check does that alone. With --against it also asks a live engine for greedy answers to test prompts, and compares its
 tokens, and how many drafted ones it accepted at each position, with our own decoder's; nobody else may use the engine
 meanwhile."""
+IMPORT = """\
+Make a head of ours of one that another trainer wrote, from a folder or the hub: what the engine of its format would
+compute from the same files. What these do not say (layers, RoPE, which norms) is taken as that engine takes it, and listed.
+
+  eagle3 import nvidia/Llama-4-Maverick-17B-128E-Eagle3 maverick --format trtllm --out heads/nvidia
+  eagle3 eval maverick eval.draft=heads/nvidia            # what it is worth
+  eagle3 train maverick train.warm_start=heads/nvidia     # go on from it"""
 FORMATS = """\
 formats:
   hf           portable: vLLM, SGLang and TensorRT-LLM read it as it is
@@ -127,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    commands = ["run", *STAGES, "inspect", "export", "report"]
+    commands = ["run", "plan", *STAGES, "inspect", "export", "import", "report"]
     if not arguments:
         raise UserError("command", "(none)", "nothing to do", f"choose one of {', '.join(commands)}, or --help")
     if not arguments[0].startswith("-") and arguments[0] not in commands:
@@ -139,10 +165,14 @@ def _dispatch(arguments: Sequence[str]) -> None:
         remedy = f"write settings as section.name=value, after the recipe; see eagle3 {arguments[0]} --help"
         raise UserError("argument", unknown[0], "there is no such option", remedy)
     match parsed.command:
+        case "plan":
+            show_plan(parsed)
         case "inspect":
             print(inspection.inspect(parsed.store, parsed.verify))
         case "export":
             export_head(parsed)
+        case "import":
+            imports.import_head(parsed.head, load(parsed.config, parsed.overrides), parsed.format, parsed.out)
         case "report":
             report_runs(parsed.runs)
         case command:
@@ -179,6 +209,13 @@ def report_runs(folders: Sequence[Path]) -> None:
     print(f"\n{report.summary_table(reports[0]) if len(reports) == 1 else report.compare(list(folders))}\n")
     for folder in folders:
         print(folder / "eval" / "report.html")
+
+
+def show_plan(parsed: argparse.Namespace) -> None:
+    """Print what a recipe will cost, as a table or as JSON."""
+    speeds = plan.Speeds(parsed.answer_tokens_per_s, parsed.tokens_per_s, parsed.train_tokens_per_s)
+    made = plan.make_plan(load(parsed.config, parsed.overrides), speeds, parsed.gpus)
+    print(plan.to_json(made) if parsed.json else plan_table.render(made))
 
 
 def export_head(parsed: argparse.Namespace) -> None:
@@ -219,9 +256,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
-        overrides = "settings that take the place of the recipe's"
-        command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
+        _add_recipe(command)
+    _add_plan(commands.add_parser(
+        "plan", help=OTHERS["plan"], description=PLAN, epilog=explain(every),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    ))  # fmt: skip
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
     inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
@@ -233,12 +272,39 @@ def _parser() -> argparse.ArgumentParser:
     exports.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
     exports.add_argument("--out", metavar="DIR", type=Path, required=True, help="the head's folder, for the engine")
     exports.add_argument("--check", action="store_true", help="check DIR and write nothing; exit code 3 if it is wrong")
-    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL (vLLM)")
+    exports.add_argument("--against", metavar="URL", help="with --check: compare with the live engine at URL")
     prompts = "test prompts to compare, fewer where the run has not as many; default %(default)s"
     exports.add_argument("--prompts", metavar="N", type=int, default=100, help=prompts)
+    imported = commands.add_parser(
+        "import", help=OTHERS["import"], description=IMPORT, epilog=FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    imported.add_argument("head", metavar="HEAD", help="the head's folder or hub name")
+    _add_recipe(imported)
+    imported.add_argument("--format", metavar="FORMAT", required=True, help="one of those below")
+    imported.add_argument("--out", metavar="DIR", type=Path, required=True, help="a new folder")
     reports = commands.add_parser("report", help=OTHERS["report"], allow_abbrev=False)
     reports.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder")
     return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help=f"a recipe: a YAML file, or {' or '.join(recipes())}")
+    overrides = "settings that take the place of the recipe's"
+    command.add_argument("overrides", metavar="section.name=value", nargs="*", default=[], help=overrides)
+
+
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_recipe(command)
+    for option, text in (
+        ("--answer-tokens-per-s", "at which the target answers"),
+        ("--tokens-per-s", "at which it is recorded"),
+        ("--train-tokens-per-s", "at which the head trains"),
+    ):
+        command.add_argument(option, metavar="N", type=float, help=f"tokens a second, over all GPUs, {text}")
+    gpus = "GPUs that hold the target together, and that train; default %(default)s"
+    command.add_argument("--gpus", metavar="N", type=int, default=8, help=gpus)
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def explain(sections: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ CHOICES = {
     "eval.sampling": ("sampled", "greedy"),
     "eval.dtype": DTYPES,
 }
+
+#: Of a server: http or https, a name or a number, a port maybe, a path maybe.
+ADDRESS = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s/:?#@\[\]]+)(:\d{1,5})?(/[^\s?#]*)?")
 
 
 class Limit(NamedTuple):
@@ -50,6 +54,10 @@ LIMITS = {
     "regenerate.temperatures": NOT_NEGATIVE,
     "regenerate.max_new_tokens": _least(1),
     "regenerate.batch_size": _least(1),
+    "regenerate.concurrency": _least(1),
+    "regenerate.timeout_s": POSITIVE,
+    "regenerate.retries": _least(0),
+    "regenerate.allowed_failures": SHARE,
     "record.batch_tokens": _least(1),
     "record.shard_tokens": _least(1),
     "record.server_gpus": _least(1),
@@ -96,6 +104,7 @@ def check(settings: Settings) -> None:
             _check_limit(name, value, LIMITS[name])
     _check_name(settings.run.name)
     _check_layers(settings.target.layers)
+    _check_endpoints(settings.regenerate.endpoints)
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
     _check_heads(settings.draft.num_heads, settings.draft.num_kv_heads, settings.draft.head_dim)
@@ -119,6 +128,15 @@ def _check_layers(layers: tuple[int, ...] | None) -> None:
     if layers is not None and list(layers) != sorted(set(layers)):
         remedy = f"give {_listed(tuple(sorted(set(layers))))}"
         raise UserError("target.layers", _listed(layers), "layers are named once each, ascending", remedy)
+
+
+def _check_endpoints(endpoints: tuple[str, ...]) -> None:
+    for url in endpoints:
+        if not ADDRESS.fullmatch(url):
+            remedy = "give addresses, such as http://127.0.0.1:8000"
+            raise UserError("regenerate.endpoints", _listed(endpoints), f'"{url}" is no address of a server', remedy)
+        if endpoints.count(url) > 1:
+            raise UserError("regenerate.endpoints", _listed(endpoints), f"{url} stands twice", "give each once")
 
 
 def _check_heads(heads: int | None, kv_heads: int | None, width: int | None) -> None:

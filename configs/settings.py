@@ -40,8 +40,21 @@ class PrepareSettings:
     """Which questions the target is asked."""
 
     prompts: str = "stdlib"
-    """A JSONL file ({"id"?, "source"?, "split"?, "messages" | "prompt" | "turns"} per line), or "stdlib": questions about
-    the documented functions of the Python standard library, split by module."""
+    """Where they come from: a .jsonl, .json or .parquet file, a folder or a glob of them; a dataset of the Hugging Face
+    hub (owner/name), which is streamed; or "stdlib", questions about the documented functions of the Python standard
+    library, split by module. A row holds a question ("prompt"), several in turn ("turns"), or "messages" (OpenAI) or
+    "conversations" (ShareGPT), whose answers the target replaces by its own. It may have a "system" message, a "source"
+    (else its "category", else the file's name) and, in files, an "id" and a "split" (else by a hash of the id, 80 / 8 / 12
+    percent). What cannot be asked, such as images, is counted by reason."""
+    column: str | None = None
+    """The column that holds the conversation, whatever its form. Default: the one of "messages", "conversations",
+    "prompt" and "turns" that is there."""
+    hub_config: str | None = None
+    """Configuration of a dataset of the hub that has several; ignored for files."""
+    hub_split: str = "train"
+    """Split of a dataset of the hub that is read, such as train_sft; ignored for files."""
+    hub_revision: str | None = None
+    """Branch, tag or commit of a dataset of the hub; a commit makes the run repeatable. Ignored for files."""
     train: int = 2000
     """Conversations for training the draft (fewer where there are not as many)."""
     validation: int = 48
@@ -49,7 +62,7 @@ class PrepareSettings:
     test: int = 96
     """Conversations on which the report is made; neither target nor draft was trained on them."""
     max_prompt_tokens: int = 512
-    """Longer prompts are left out, and counted."""
+    """Longer prompts, with all questions of the user that follow, are left out, and counted."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,28 @@ class RegenerateSettings:
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     """Temperatures of the training answers, dealt out in turn; validation and test answers are greedy."""
     max_new_tokens: int = 160
-    """Longest answer in tokens, end-of-turn included."""
+    """Longest turn of the target in tokens, end-of-turn included. A conversation ends at a turn that is cut here, at one
+    that the chat template would rewrite before the next (reasoning, say), and where the target's positions end."""
     batch_size: int = 32
-    """Prompts answered at once."""
+    """Prompts answered at once, in process."""
+    endpoints: tuple[str, ...] = ()
+    """OpenAI-compatible servers that answer in the target's place (http://node1:8000, http://node2:8000); its weights are
+    then not loaded here. Default: none, it answers in process. One that is away or busy is left alone for a while, and
+    then longer, while others answer; the list may change from one start to the next. vLLM returns token ids; text alone
+    is tokenised again, and such answers are marked and counted. A server that refuses all parameters but OpenAI's own
+    (TensorRT-LLM) is asked without the others. A key is taken from the environment: OPENAI_API_KEY."""
+    served_model: str | None = None
+    """The target's name on the servers; default the first that each lists."""
+    concurrency: int = 64
+    """Requests in flight at each endpoint."""
+    timeout_s: float = 600.0
+    """Seconds that a server may take over a turn. When none has answered for as long, the stage ends with exit code 3."""
+    retries: int = 5
+    """How often a request that failed (server error, time-out, lost connection) is made again, after pauses that grow; one
+    that is refused (a code 4xx other than 408 and 429) is not. What is left without an answer is listed in
+    conversations/failed.jsonl with the server's words, and asked again when the stage is started again."""
+    allowed_failures: float = 0.0
+    """Share of the conversations that may stay without an answer; with more the stage ends with exit code 3."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +167,8 @@ class TrainSettings:
     """Share of the steps in which the learning rate rises; it then falls to zero along a cosine."""
     clip: float = 0.5
     """Largest gradient norm."""
+    warm_start: str | None = None
+    """Folder of a head to go on from, such as a run's draft/ or one that `eagle3 import` wrote; its vocabulary is kept."""
     validate_every: int = 100
     """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
     keep_checkpoints: int = 2
@@ -147,6 +181,8 @@ class TrainSettings:
 class EvalSettings:
     """What is measured, and with which drafting."""
 
+    draft: str | None = None
+    """Folder of the head to evaluate, such as one that `eagle3 import` wrote; default the run's own."""
     chain: int = 5
     """Drafted tokens per round."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)

@@ -4,14 +4,25 @@
 module             what it does
 =================  ======================================================================================
 ``corpus``         questions about Python source, for runs that bring no prompts
-``conversations``  prompts and answers on disk
-``chat``           the target's own chat format and the loss mask
+``conversations``  prompts on disk
+``answers``        answers on disk, and what has none
+``sources``        rows of files and of the hub
+``messages``       the forms of a conversation, and what of one is asked
+``prompts``        from rows to conversations, with what was refused
+``choice``         choosing in one pass, evenly over the sources
+``chat``           the target's own chat format
+``mask``           which tokens of a finished conversation the assistant wrote
 ``prepare``        stage 1: choose the prompts and split them
-``regenerate``     stage 2: let the target answer them
+``regenerate``     stage 2: let the target answer them, in process or on servers
+``dialogue``       one conversation on its way through its turns
+``endpoints``      one OpenAI-compatible server, and what its troubles mean
+``servers``        several of them, kept busy while some fail, go away and come back
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``store``          the contract with the trainer: shards, manifest, reader
+``spool``          the same, read while it is recorded and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
+``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers
 =================  ======================================================================================
 
 Each stage reads files and writes files, can be killed at any moment and started again, and skips what is done.

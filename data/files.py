@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,34 @@ def write_atomic(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def write_folder(folder: Path, contents: Mapping[str, bytes], setting: str) -> None:
+    """Write a new folder of files, which is there whole or not at all.
+
+    Args:
+        folder: where; nothing may stand there but an empty folder.
+        contents: its files, by name.
+        setting: what the user calls it, for the error message.
+
+    Raises:
+        UserError: something stands there, or it cannot be written.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(setting, folder, "something stands there", "choose a new folder")
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, content in contents.items():
+            write_atomic(part / name, content)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        problem = f"it cannot be written ({error.strerror})"
+        raise UserError(setting, folder, problem, "choose a folder with free space that you may write to") from error
 
 
 def write_listed(path: Path, content: bytes) -> FileEntry:

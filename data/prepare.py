@@ -1,13 +1,18 @@
 """Stage 1: choose the prompts, deal them evenly over their sources, and say what was left out.
 
-eagle3 prepare configs/tiny.yaml
+    eagle3 prepare configs/tiny.yaml prepare.prompts=questions.jsonl
+    eagle3 prepare configs/tiny.yaml prepare.prompts=HuggingFaceH4/ultrachat_200k prepare.hub_split=train_sft \\
+        prepare.column=messages
+
+However many rows there are, they pass by once, and no more are held than are chosen.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,17 +21,20 @@ from transformers import PreTrainedTokenizerBase
 from ..configs.errors import UserError
 from ..configs.settings import PrepareSettings, Settings
 from ..configs.signals import StopRequest
-from .chat import prompt_ids, tokenizer_hash
-from .conversations import SPLITS, Conversation, Prompts, library_prompts, load_prompts
-from .corpus import digest
-from .files import encode_json, encode_line, file_sha256, remove_temporaries, write_atomic
+from .chat import TemplateRefusal, left_out, prompt_ids, tokenizer_hash
+from .choice import Choice
+from .conversations import SPLITS, Conversation, Found
+from .files import encode_json, encode_line, remove_temporaries, write_atomic
 from .progress import Progress
+from .prompts import library_prompts, read_prompts
+from .sources import Row, fingerprint, rows
 from .stage import Json, Stage, at_least
 
 LIBRARY = "stdlib"
 PROMPTS, SUMMARY = "prompts.jsonl", "summary.json"
 TOO_LONG = "conversations: prompt longer than prepare.max_prompt_tokens"
-NOT_NEEDED = "conversations: more than were asked for"
+TEMPLATE = "conversations: the target's chat template refuses them"
+LEFT_OUT = "conversations: the target's chat template leaves out"
 
 
 class Summary(TypedDict):
@@ -49,7 +57,7 @@ def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBas
     Raises:
         UserError: malformed prompts, a split without any, a folder that cannot be written, or a run begun with other
             settings.
-        Interrupted: a signal came; nothing is lost, since the stage takes seconds.
+        Interrupted: a signal came; nothing is written, and the stage begins anew.
     """
     chosen = settings.prepare
     for split, least in (("train", 1), ("validation", 1), ("test", 0)):
@@ -58,14 +66,12 @@ def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBas
     stage = Stage("prepare", run_dir, folder, _inputs(chosen, tokenizer))
     with StopRequest(stage.resume) as stop:
         if not _whole(stage):
-            prompts = library_prompts() if chosen.prompts == LIBRARY else load_prompts(Path(chosen.prompts))
-            stop.check("the prompts are read")
-            kept = _choose(prompts, chosen, lambda c: len(prompt_ids(tokenizer, c)))
-            stop.check("the prompts are chosen")
+            notes: Counter[str] = Counter()
+            kept = _choose(chosen, tokenizer, notes, stop)
             stage.begin()  # only now: prompts that were refused shall not tie the run to them
             remove_temporaries(folder)
             write_atomic(folder / PROMPTS, b"".join(encode_line(c._asdict()) for c in kept))
-            write_atomic(folder / SUMMARY, encode_json(_summary(chosen, kept, prompts.notes)))
+            write_atomic(folder / SUMMARY, encode_json(_summary(chosen, kept, notes)))
     print(render(json.loads((folder / SUMMARY).read_bytes())), flush=True)
 
 
@@ -85,44 +91,53 @@ def render(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-def deal(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-    """Yield conversations of each source in turn, those of a source in the order of a hash of their ids."""
-    by_source: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        by_source.setdefault(conversation.source, []).append(conversation)
-    hands = deque(iter(sorted(by_source[source], key=_order)) for source in sorted(by_source))
-    while hands:
-        hand = hands.popleft()
-        if (dealt := next(hand, None)) is not None:
-            hands.append(hand)
-            yield dealt
-
-
-def _choose(prompts: Prompts, settings: PrepareSettings, length: Callable[[Conversation], int]) -> list[Conversation]:
+def _choose(
+    settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, notes: Counter[str], stop: StopRequest
+) -> list[Conversation]:
     """The conversations of each split that are asked for and short enough, in the order of a hash of their ids."""
     asked = _asked(settings)
-    progress = Progress("prepare", "prompts", sum(asked.values()))
-    chosen: list[Conversation] = []
-    for split in SPLITS:
-        found = [conversation for conversation in prompts.conversations if conversation.split == split]
-        kept: list[Conversation] = []
-        hands, looked_at = deal(found), 0
-        while len(kept) < asked[split] and (conversation := next(hands, None)) is not None:
-            looked_at += 1
-            tokens = length(conversation)
-            if tokens > settings.max_prompt_tokens:
-                prompts.notes[TOO_LONG] += 1
-            else:
-                kept.append(conversation)
-                progress.advance(1, tokens)
-        prompts.notes[NOT_NEEDED] += len(found) - looked_at
-        if asked[split] and not kept:
-            raise UserError(
-                f"prepare.{split}", asked[split], f"{settings.prompts} has no short enough prompt in this split",
-                f'add lines with "split": "{split}", or raise prepare.max_prompt_tokens',
-            )  # fmt: skip
-        chosen += sorted(kept, key=_order)
+    choice = Choice(asked, partial(_refusal, tokenizer, settings.max_prompt_tokens), notes)
+    for found in _found(settings, notes, stop):
+        choice.offer(found)
+    chosen = choice.chosen()
+    for split, count in asked.items():
+        if count and all(conversation.split != split for conversation in chosen):
+            left_out = ", ".join(f"{reason}: {number:,}" for reason, number in sorted((+notes).items()))
+            problem = (
+                f"{settings.prompts} has no short enough prompt in this split ({left_out or 'it has none at all'})"
+            )
+            raise UserError(f"prepare.{split}", count, problem, "add rows to it, or raise prepare.max_prompt_tokens")
     return chosen
+
+
+def _found(settings: PrepareSettings, notes: Counter[str], stop: StopRequest) -> Iterator[Found]:
+    if settings.prompts == LIBRARY:
+        yield from library_prompts(notes)
+        stop.check("the prompts are not chosen yet")
+    else:
+        yield from read_prompts(settings, _counted(rows(settings), stop), notes)
+
+
+def _counted(found: Iterable[Row], stop: StopRequest) -> Iterator[Row]:
+    """The same rows, saying now and then how many there were."""
+    progress = Progress("prepare", "rows", None)
+    for row in found:
+        yield row
+        progress.advance(1, 0)
+        stop.check("the prompts are not chosen yet")
+    progress.finish()
+
+
+def _refusal(tokenizer: PreTrainedTokenizerBase, longest: int, conversation: Conversation) -> str | None:
+    """Why the target is not asked this."""
+    try:
+        if what := left_out(tokenizer, conversation):
+            return f"{LEFT_OUT} {what}"
+        tokens = len(prompt_ids(tokenizer, conversation))
+    except TemplateRefusal as refusal:
+        return f"{TEMPLATE} ({refusal.reason})"
+    tokens += sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in conversation.follow_ups)
+    return TOO_LONG if tokens > longest else None
 
 
 def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter[str]) -> Summary:
@@ -150,23 +165,11 @@ def _inputs(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> di
 
 def _settings_inputs(settings: PrepareSettings) -> dict[str, Json]:
     return {
-        "prepare.prompts": LIBRARY if settings.prompts == LIBRARY else _file_hash(Path(settings.prompts)),
+        **({"prepare.prompts": LIBRARY} if settings.prompts == LIBRARY else fingerprint(settings)),
         **{f"prepare.{split}": count for split, count in _asked(settings).items()},
         "prepare.max_prompt_tokens": settings.max_prompt_tokens,
     }
 
 
-def _file_hash(path: Path) -> str:
-    try:
-        return file_sha256(path)
-    except OSError as error:
-        problem = f"it cannot be read ({error.strerror})"
-        raise UserError("prepare.prompts", path, problem, f'give a JSONL file or "{LIBRARY}"') from None
-
-
 def _whole(stage: Stage) -> bool:
     return stage.begun() and (stage.folder / PROMPTS).exists() and (stage.folder / SUMMARY).exists()
-
-
-def _order(conversation: Conversation) -> int:
-    return digest(f"order:{conversation.id}")

@@ -30,8 +30,8 @@ from ..configs.settings import RecordSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import DTYPES, Target, TargetHead
 from . import store
-from .chat import sequence, tokenizer_hash
-from .conversations import Answer, read_finished
+from .answers import ANSWERS, Answer, read_finished
+from .chat import Sequence, sequence, tokenizer_hash
 from .files import FileEntry, exclusive, file_sha256, remove_temporaries, write_listed
 from .progress import Progress
 from .regenerate import answered_by
@@ -88,7 +88,7 @@ def recorded(settings: Settings, run_dir: Path) -> bool:
 
 def plan(answers: list[Answer], settings: RecordSettings) -> list[list[list[int]]]:
     """Shards of batches of answers' indices: consecutive answers a shard, of similar length a batch."""
-    lengths = [len(answer.prompt_ids) + len(answer.answer_ids) for answer in answers]
+    lengths = [len(answer.ids) for answer in answers]
     return [
         _groups(sorted(shard, key=lambda i: (lengths[i], i)), lengths, settings.batch_tokens, padded=True)
         for shard in _groups(list(range(len(answers))), lengths, settings.shard_tokens, padded=False)
@@ -142,7 +142,7 @@ def _batch(
     batch: list[int], answers: list[Answer], target: Target, settings: RecordSettings
 ) -> Iterable[tuple[int, Recorded]]:
     """Yield the samples of one batch with their indices, checked."""
-    sequences = [sequence(answers[index].prompt_ids, answers[index].answer_ids) for index in batch]
+    sequences = [sequence(answers[index]) for index in batch]
     input_BT = torch.zeros(len(batch), max(len(s.input_ids) for s in sequences), dtype=torch.long)
     for row, found in enumerate(sequences):
         input_BT[row, : len(found.input_ids)] = torch.from_numpy(found.input_ids)
@@ -157,7 +157,7 @@ def _batch(
     for row, (index, found) in enumerate(zip(batch, sequences, strict=True)):
         answer, length = answers[index], len(found.input_ids)
         features, last_hidden = features_BTFH[row, :length], output.last_hidden[row, :length]
-        disagreeing = _check(answer, features, last_hidden, target)
+        disagreeing = _check(answer, found, features, last_hidden, target)
         sample = StoreSample(
             answer.id,
             answer.source,
@@ -171,7 +171,7 @@ def _batch(
         yield index, Recorded(sample, disagreeing)
 
 
-def _check(answer: Answer, features: Tensor, last_hidden: Tensor, target: Target) -> int:
+def _check(answer: Answer, recorded: Sequence, features: Tensor, last_hidden: Tensor, target: Target) -> int:
     """Stale, empty or misplaced states would train a head that is quietly bad.
 
     Returns:
@@ -187,9 +187,10 @@ def _check(answer: Answer, features: Tensor, last_hidden: Tensor, target: Target
             raise Incomplete(f"{name} of conversation {answer.id} are zero; the capture is at fault")
     if answer.temperature > 0.0:
         return 0
-    logits_TV = target.logits(last_hidden[len(answer.prompt_ids) - 1 : -1])
-    said = torch.tensor(answer.answer_ids, device=logits_TV.device)
-    gaps = logits_TV.amax(1) - logits_TV.gather(1, said[:, None])[:, 0]
+    said = torch.from_numpy(recorded.loss_mask.nonzero()[0]).to(last_hidden.device)
+    logits_TV = target.logits(last_hidden[said - 1])
+    ids = torch.from_numpy(recorded.input_ids).to(logits_TV.device, torch.long)[said]
+    gaps = logits_TV.amax(1) - logits_TV.gather(1, ids[:, None])[:, 0]
     return int((gaps > TIE[target.info.dtype]).sum())
 
 
@@ -224,7 +225,7 @@ def _manifest(settings: Settings, stage: Stage, target: Target, answers: list[An
     folder = stage.folder
     remove_temporaries(folder)
     remove_temporaries(folder / store.TOKENIZER)
-    said = count_tokens(((a.source, a.answer_ids) for a in answers if a.split == "train"), target.info.vocab_size)
+    said = count_tokens(((a.source, a.said) for a in answers if a.split == "train"), target.info.vocab_size)
     beside = {
         store.HEAD: write_listed(folder / store.HEAD, _head(target.head)),
         store.VOCABULARY: write_listed(folder / store.VOCABULARY, said.content()),
@@ -275,7 +276,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
 
 def _stage(settings: Settings, run_dir: Path, target: Target | None) -> Stage:
     """The stage with its inputs; without a target, with those that can be told without it."""
-    answers = run_dir / "conversations" / "answers.jsonl"
+    answers = run_dir / "conversations" / ANSWERS
     if not answers.exists():
         raise UserError("conversations", answers.parent, "it holds no answers", "run eagle3 regenerate first")
     inputs = {**_recipe(settings), "conversations/answers.jsonl": file_sha256(answers)}

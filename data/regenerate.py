@@ -1,10 +1,14 @@
 """Stage 2: the target answers the prompts itself, so that the draft learns what the target says.
 
     eagle3 regenerate configs/tiny.yaml
+    eagle3 regenerate configs/maverick.yaml regenerate.endpoints=http://node1:8000,http://node2:8000
 
 Training answers are sampled at mixed temperatures; validation and test answers are greedy. Batches are planned from the
 prompts alone and every answer has its own stream of random numbers, so a resumed run says the same as one that was not
-interrupted.
+interrupted. Servers answer in whatever order they like (:mod:`.servers`).
+
+A conversation of several turns is answered turn by turn, each turn's prompt being all ids so far, and written when its
+last turn is.
 """
 
 from __future__ import annotations
@@ -13,16 +17,18 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
-from ..configs.errors import UserError
+from ..configs.errors import Incomplete, UserError
 from ..configs.settings import RegenerateSettings, Settings
 from ..configs.signals import StopRequest
-from ..models.target import Target
-from .chat import prompt_ids, tokenizer_hash
-from .conversations import Answer, Conversation, read_answers, read_conversations
-from .corpus import digest
+from ..models.target import Target, TargetText
+from .answers import ANSWERS, FAILED, SUMMARY, Answer, Failure, each_answer
+from .chat import PLACEHOLDER, continuation, prompt_ids, tokenizer_hash
+from .conversations import Conversation, read_conversations
+from .dialogue import Dialogue, Question
 from .files import (
     drop_torn_line,
     encode_json,
@@ -34,60 +40,67 @@ from .files import (
     write_atomic,
 )
 from .progress import Progress
+from .servers import Servers
 from .stage import Json, Stage, at_least
 
-ANSWERS, SUMMARY = "answers.jsonl", "answers.summary.json"
-WEIGHTS = "weights of the target"
+WEIGHTS, BY = "weights of the target", "regenerate.endpoints"
 
 
-class Question(NamedTuple):
-    """A conversation to be answered: its ids, and the temperature of its answer."""
-
-    conversation: Conversation
-    prompt_ids: list[int]
-    temperature: float
-
-
-def regenerate(settings: Settings, run_dir: Path, target: Target) -> None:
+def regenerate(settings: Settings, run_dir: Path, target: Target | TargetText) -> None:
     """Write ``conversations/answers.jsonl``, one batch of answers after another, and then a summary of it.
 
+    Args:
+        settings: the recipe.
+        run_dir: the run's folder.
+        target: a target answers in process; where there is no more than its text, ``regenerate.endpoints`` are asked.
+
     Raises:
-        UserError: the run was begun with other settings, there are no prompts, or the target has no room to answer.
+        UserError: the run was begun with other settings, there are no prompts, the target has no room to answer, or an
+            endpoint is none of the target's.
+        Incomplete: servers left more conversations without an answer than the recipe allows.
         Interrupted: a signal came; the finished batches are kept.
     """
     _validate(settings.regenerate)
     folder = run_dir / "conversations"
     stage = Stage("regenerate", run_dir, folder, _inputs(settings, folder, target))
     with StopRequest(stage.resume) as stop:
-        if _whole(stage):
+        if _whole(stage, settings):
             return
         stage.begin()
         with exclusive(folder / ".regenerate.lock"):
             remove_temporaries(folder)
-            questions = ask(settings, read_conversations(folder / "prompts.jsonl"), target)
-            _answer_all(settings, folder / ANSWERS, questions, target, stop)
-            write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS)))
+            conversations = read_conversations(folder / "prompts.jsonl")
+            text = target.text if isinstance(target, Target) else target
+            failures = _answer_all(settings, folder, ask(settings, conversations, text), target, stop)
+            _check_failures(settings, folder, failures, len(conversations))
+            write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS, len(failures))))
 
 
 def regenerated(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
     folder = run_dir / "conversations"
-    return _whole(Stage("regenerate", run_dir, folder, _inputs(settings, folder, None)))
+    return _whole(Stage("regenerate", run_dir, folder, _inputs(settings, folder, None)), settings)
 
 
 def answered_by(target: Target, run_dir: Path) -> None:
-    """Refuse answers that this run got from another target; of answers that came from elsewhere nothing is known."""
+    """Refuse answers that this run got from another target; of answers that came from elsewhere nothing is known.
+
+    Which weights a server has is its own affair: there the recorder finds out, which compares greedy answers with the
+    states it records.
+    """
     folder = run_dir / "conversations"
-    Stage("regenerate", run_dir, folder, {WEIGHTS: target.info.weights_sha256}).begun()
+    stage = Stage("regenerate", run_dir, folder, {WEIGHTS: target.info.weights_sha256})
+    if WEIGHTS in stage.earlier():
+        stage.begun()
 
 
-def ask(settings: Settings, conversations: list[Conversation], target: Target) -> list[Question]:
+def ask(settings: Settings, conversations: list[Conversation], text: TargetText) -> list[Question]:
     """The questions in the order of the prompts; temperatures are dealt to training questions in turn.
 
     Raises:
-        UserError: an answer may grow beyond the target's positions.
+        UserError: an answer may grow beyond the target's positions, or the chat template refuses a later turn.
     """
-    heats, room = settings.regenerate.temperatures, target.info.max_positions - settings.regenerate.max_new_tokens
+    heats, room = settings.regenerate.temperatures, text.max_positions - settings.regenerate.max_new_tokens
     training = 0
     questions = []
     for conversation in conversations:
@@ -95,12 +108,15 @@ def ask(settings: Settings, conversations: list[Conversation], target: Target) -
         if conversation.split == "train":
             temperature = heats[training % len(heats)]
             training += 1
-        ids = prompt_ids(target.tokenizer, conversation)
+        ids = prompt_ids(text.tokenizer, conversation)
         if len(ids) > room:
-            problem = f"a prompt has {len(ids)} tokens and the target {target.info.max_positions} positions"
-            remedy = f"give at most {max(0, target.info.max_positions - len(ids))}, or lower prepare.max_prompt_tokens"
+            problem = f"a prompt has {len(ids)} tokens and the target {text.max_positions} positions"
+            remedy = f"give at most {max(0, text.max_positions - len(ids))}, or lower prepare.max_prompt_tokens"
             raise UserError("regenerate.max_new_tokens", settings.regenerate.max_new_tokens, problem, remedy)
-        questions.append(Question(conversation, ids, temperature))
+        if conversation.follow_ups:  # hours later would be too late to hear that the template refuses them
+            said = [PLACEHOLDER] * len(conversation.follow_ups)
+            continuation(text.tokenizer, conversation, said, conversation.follow_ups[-1])
+        questions.append(Question(conversation, ids, temperature, settings.run.seed))
     return questions
 
 
@@ -110,74 +126,112 @@ def plan(questions: list[Question], batch_size: int) -> list[list[Question]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def _answer_all(settings: Settings, path: Path, questions: list[Question], target: Target, stop: StopRequest) -> None:
-    """Append the answers that ``path`` lacks; a batch of which some are there is answered again as it was."""
-    if path.exists():
-        drop_torn_line(path)
-    answered = {answer.id for answer in read_answers(path)} if path.exists() else set()
-    progress = Progress("regenerate", "answers", len(questions), len(answered))
-    for batch in plan(questions, settings.regenerate.batch_size):
-        if answered.issuperset(question.conversation.id for question in batch):
-            continue
-        new = [answer for answer in _answer(settings, target, batch) if answer.id not in answered]
-        _append(path, b"".join(encode_line(answer._asdict()) for answer in new))
-        answered |= {answer.id for answer in new}
-        progress.advance(len(new), sum(len(answer.answer_ids) for answer in new))
-        stop.check(f"{len(answered)} of {len(questions)} answers are written")
+def _answer_all(
+    settings: Settings, folder: Path, questions: list[Question], target: Target | TargetText, stop: StopRequest
+) -> list[Failure]:
+    """Append the answers that ``folder`` lacks as they come; returns what could not be answered."""
+    path = folder / ANSWERS
+    (folder / FAILED).unlink(missing_ok=True)  # they are tried again
+    (folder / SUMMARY).unlink(missing_ok=True)  # which allowed them
+    path.touch()
+    drop_torn_line(path)
+    answered = {answer.id for answer in each_answer(path)}
+    progress = Progress("regenerate", "conversations", len(questions), len(answered))
+    failures: list[Failure] = []
+    if isinstance(target, Target):
+        source: Generator[list[Answer | Failure], None, None] = _in_process(settings, target, questions, answered)
+    else:
+        unanswered = [question for question in questions if question.conversation.id not in answered]
+        source = Servers(settings.regenerate, target, progress.say).answer(unanswered)
+    with closing(source):
+        for found in source:
+            new = [entry for entry in found if isinstance(entry, Answer)]
+            failed = [entry for entry in found if isinstance(entry, Failure)]
+            _append(path, new)
+            _append(folder / FAILED, failed)
+            answered |= {answer.id for answer in new}
+            failures += failed
+            progress.advance(len(found), sum(len(answer.said) for answer in new), len(failed))
+            stop.check(f"{len(answered)} of {len(questions)} answers are written")
+    return failures
 
 
-def _append(path: Path, lines: bytes) -> None:
+def _append(path: Path, entries: list[Answer] | list[Failure]) -> None:
+    if not entries:
+        return
     try:
         with path.open("ab") as file:
-            file.write(lines)
+            file.write(b"".join(encode_line(entry._asdict()) for entry in entries))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise unwritable(path, error) from error
 
 
+def _in_process(
+    settings: Settings, target: Target, questions: list[Question], answered: set[str]
+) -> Generator[list[Answer | Failure], None, None]:
+    """Answer batch after batch; one of which some answers are there is answered again as it was."""
+    for batch in plan(questions, settings.regenerate.batch_size):
+        if not answered.issuperset(question.conversation.id for question in batch):
+            found = _answer(settings, target, batch)
+            yield [answer for answer in found if answer.id not in answered]
+
+
 def _answer(settings: Settings, target: Target, batch: list[Question]) -> list[Answer]:
-    seeds = [digest(f"answer:{settings.run.seed}:{question.conversation.id}") >> 1 for question in batch]
-    generated = target.generate(
-        [question.prompt_ids for question in batch],
-        [question.temperature for question in batch],
-        settings.regenerate.max_new_tokens,
-        seeds,
-    )
-    return [
-        Answer(
-            id=question.conversation.id,
-            source=question.conversation.source,
-            split=question.conversation.split,
-            temperature=question.temperature,
-            prompt_ids=question.prompt_ids,
-            answer_ids=answer.ids,
-            finish="stop" if answer.finished else "length",
+    most = settings.regenerate.max_new_tokens
+    dialogues = [Dialogue(question, target.text, most) for question in batch]
+    while going := [dialogue for dialogue in dialogues if not dialogue.finish]:
+        generated = target.generate(
+            [dialogue.ids for dialogue in going],
+            [dialogue.question.temperature for dialogue in going],
+            most,
+            [dialogue.seed for dialogue in going],
         )
-        for question, answer in zip(batch, generated, strict=True)
-    ]
+        for dialogue, said in zip(going, generated, strict=True):
+            dialogue.say(said.ids, said.finished)
+    return [dialogue.answer() for dialogue in dialogues]
 
 
-def _summary(path: Path) -> dict[str, Json]:
+def _check_failures(settings: Settings, folder: Path, failures: list[Failure], asked: int) -> None:
+    """Refuse more failures than are allowed, in the words of the first."""
+    if len(failures) > settings.regenerate.allowed_failures * asked:
+        first = failures[0]
+        raise Incomplete(
+            f"{len(failures):,} of {asked:,} conversations have no answer, the first {first.id} ({first.reason}); "
+            f"{folder / FAILED} lists them: run eagle3 regenerate again to try them again, or raise "
+            "regenerate.allowed_failures"
+        )
+
+
+def _summary(path: Path, failed: int) -> dict[str, Json]:
     """What was answered; its ``bytes`` say that the file it describes is the whole one."""
-    answers = read_answers(path)
-    splits, temperatures = (Counter(a.split for a in answers), Counter(str(a.temperature) for a in answers))
+    counts = Counter(answers=0, turns=0, prompt_tokens=0, answer_tokens=0, tokenised_again=0)
+    finishes, splits, temperatures = Counter[str](), Counter[str](), Counter[str]()
+    for answer in each_answer(path):
+        said = len(answer.said)
+        counts.update(answers=1, turns=len(answer.turns), prompt_tokens=len(answer.ids) - said, answer_tokens=said)
+        counts["tokenised_again"] += not answer.exact
+        finishes[answer.finish] += 1
+        splits[answer.split] += 1
+        temperatures[str(answer.temperature)] += 1
     return {
         "bytes": path.stat().st_size,
-        "answers": len(answers),
-        "prompt_tokens": sum(len(answer.prompt_ids) for answer in answers),
-        "answer_tokens": sum(len(answer.answer_ids) for answer in answers),
-        "stopped_by_themselves": sum(answer.finish == "stop" for answer in answers),
+        **counts,
+        "failed": failed,
+        "by_finish": dict(sorted(finishes.items())),
         "by_split": dict(sorted(splits.items())),
         "by_temperature": dict(sorted(temperatures.items())),
     }
 
 
-def _whole(stage: Stage) -> bool:
+def _whole(stage: Stage, settings: Settings) -> bool:
     answers, summary = stage.folder / ANSWERS, stage.folder / SUMMARY
     if not (stage.begun() and answers.exists() and summary.exists()):
         return False
-    return bool(json.loads(summary.read_bytes())["bytes"] == answers.stat().st_size)
+    found = json.loads(summary.read_bytes())
+    allowed = settings.regenerate.allowed_failures * (found["answers"] + found["failed"])
+    return bool(found["bytes"] == answers.stat().st_size and found["failed"] <= allowed)
 
 
 def _validate(settings: RegenerateSettings) -> None:
@@ -189,8 +243,11 @@ def _validate(settings: RegenerateSettings) -> None:
         raise UserError("regenerate.temperatures", list(heats), problem, "give one or more, each 0 or above")
 
 
-def _inputs(settings: Settings, folder: Path, target: Target | None) -> dict[str, Json]:
-    """What determines the answers; without a target, as much of it as can be told without it."""
+def _inputs(settings: Settings, folder: Path, target: Target | TargetText | None) -> dict[str, Json]:
+    """What determines the answers; without a target, as much of it as can be told without it.
+
+    Which servers answer is no matter, and may change from one start to the next; that they do is.
+    """
     prompts = folder / "prompts.jsonl"
     if not prompts.exists():
         raise UserError("conversations", folder, "it holds no prompts", "run eagle3 prepare first")
@@ -201,10 +258,13 @@ def _inputs(settings: Settings, folder: Path, target: Target | None) -> dict[str
         "conversations/prompts.jsonl": file_sha256(prompts),
         "regenerate.temperatures": list(settings.regenerate.temperatures),
         "regenerate.max_new_tokens": settings.regenerate.max_new_tokens,
-        "regenerate.batch_size": settings.regenerate.batch_size,
         "run.seed": settings.run.seed,
+        BY: "servers" if settings.regenerate.endpoints else "none",
     }
+    if not settings.regenerate.endpoints:
+        inputs["regenerate.batch_size"] = settings.regenerate.batch_size
     if target is not None:
-        inputs[WEIGHTS] = target.info.weights_sha256
         inputs["chat template of the target"] = tokenizer_hash(target.tokenizer).chat_template
+    if isinstance(target, Target):
+        inputs[WEIGHTS] = target.info.weights_sha256
     return inputs

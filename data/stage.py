@@ -40,7 +40,7 @@ class Stage:
         """
         if not self.path.exists():
             return False
-        earlier = self._earlier()
+        earlier = self.earlier()
         for key, value in self.inputs.items():
             if key not in earlier or earlier[key] != value:
                 raise UserError(
@@ -60,7 +60,14 @@ class Stage:
                 raise unwritable(self.folder, error) from error
             write_atomic(self.path, encode_json(self.inputs))
 
-    def _earlier(self) -> dict[str, Json]:
+    def earlier(self) -> dict[str, Json]:
+        """The inputs with which it was begun; empty if it was not.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        if not self.path.exists():
+            return {}
         try:
             earlier = json.loads(self.path.read_bytes())
         except ValueError:

@@ -177,10 +177,7 @@ class Store:
             raise IndexError(f"sample {index} of {len(self)}")
         shard_index = bisect_right(self._first, index) - 1
         shard, number = self._shards[shard_index], index - self._first[shard_index]
-        rows = slice(shard.offsets[number], shard.offsets[number + 1])
-        identity, source, split, temperature = shard.samples[number]
-        views = (shard.tensors[name][rows] for name in StoreSample._fields[4:])
-        return StoreSample(identity, source, split, temperature, *views)
+        return shard.sample(number)
 
     def lengths(self) -> list[int]:
         """Tokens of every sample."""
@@ -253,6 +250,21 @@ class _Shard(NamedTuple):
     tensors: dict[str, Tensor]
     offsets: list[int]
     samples: list[list[Any]]  # id, source, split, temperature
+
+    def sample(self, number: int) -> StoreSample:
+        rows = slice(self.offsets[number], self.offsets[number + 1])
+        views = (self.tensors[name][rows] for name in StoreSample._fields[4:])
+        return StoreSample(*self.samples[number], *views)
+
+
+def read_shard(folder: Path, index: int, manifest: Manifest) -> list[StoreSample]:
+    """The samples of a published shard, as a :class:`Store` gives them, before ``manifest`` lists it.
+
+    Raises:
+        UserError: it is not the file that was written, or not what ``manifest`` says of every shard.
+    """
+    shard = _open(folder, read_entry(folder, index), manifest)
+    return [shard.sample(number) for number in range(len(shard.samples))]
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -60,7 +60,8 @@ def write_report(run_dir: Path) -> Json:
     recipe = run_dir / "config.yaml"
     material = Material(
         traces=evaluation.traces,
-        curve=_read_curve(run_dir / "train" / "metrics.jsonl"),
+        # The curve is that of the run's own head.
+        curve=[] if evaluation.description["settings"]["draft"] else _read_curve(run_dir / "train" / "metrics.jsonl"),
         prompts=_count_prompts(run_dir / "conversations" / "prompts.jsonl"),
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
     )
@@ -79,16 +80,16 @@ def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
         answers = [t.ids for t in _speculative(traces, entry["temperature"]) if entry["category"] in (None, t.source)]
         entry["repeated_ngram_rate"] = repeated_rate(answers)
     name = run_dir.resolve().name
-    trained = _trained(run_dir / "draft" / "config.json")
+    draft = description["draft"]
     return {
         "schema": SCHEMA,
         "run": name,
         "target": description["target"],
-        "draft": description["draft"] | ({"training": trained} if trained else {}),
+        "draft": draft,
         "environment": description["environment"],
         "results": found,
-        "warnings": warnings(found) + _cautions(found),
-        "simulated": _simulated(trained, evaluation),
+        "warnings": warnings(found) + _cautions(found) + _against_card(draft["imported"], found),
+        "simulated": _simulated(draft["training"], evaluation),
         "command": f"eagle3 run {shlex.quote(str(run_dir / 'config.yaml'))} run.name={shlex.quote(f'{name}-again')}",
     }
 
@@ -203,16 +204,10 @@ def _count_prompts(path: Path) -> dict[str, dict[str, int]]:
     return dict(sorted(counts.items()))
 
 
-def _trained(path: Path) -> Json:
-    """What the trainer noted in the draft's config; nothing where another tool has written it."""
-    found: Json = json.loads(path.read_bytes()).get("eagle3_training", {}) if path.exists() else {}
-    return found
-
-
-def _simulated(trained: Json, evaluation: Evaluation) -> Json | None:
+def _simulated(trained: Json | None, evaluation: Evaluation) -> Json | None:
     """The simulated acceptance length beside the decoded one that counts the same rounds, where both exist."""
     greedy = _speculative(evaluation.traces, 0.0)
-    if not greedy or trained.get("chain") != evaluation.description["settings"]["chain"]:
+    if not greedy or not trained or trained["chain"] != evaluation.description["settings"]["chain"]:
         return None
     length = acceptance(greedy, "whole").length
     return {
@@ -244,4 +239,22 @@ def _cautions(found: Sequence[Json]) -> list[str]:
         high = entry["speedup_ci95"][1]
         if high is not None and high < 1:
             said.append(f"{where}: the draft slows the target down")
+    return said
+
+
+def _against_card(imported: Json | None, found: Sequence[Json]) -> list[str]:
+    """Where an imported head accepts less than its own card says, on the same benchmark and drafted alike."""
+    said = []
+    for figure in imported["figures"] if imported else []:
+        for entry in found:
+            same = figure["args"]["temperature"], figure["args"]["drafting"], figure["benchmark"]
+            if entry["category"] is not None or (entry["temperature"], entry["drafting"], entry["benchmark"]) != same:
+                continue
+            high = entry["acceptance_length_ci95"][1]
+            if high is not None and high < figure["value"]:
+                said.append(
+                    f"{temperature_name(entry['temperature'])}: its card says an acceptance length of {figure['value']:.2f}, "
+                    f"and here it is {length_of(entry)}: it may be misread (layers, norms fed back, RoPE, the order of "
+                    "features), or the target runs in other numerics"
+                )
     return said

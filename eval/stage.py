@@ -24,13 +24,13 @@ from ..configs.errors import UserError
 from ..configs.settings import EvalSettings, Settings
 from ..configs.signals import StopRequest
 from ..data.chat import prompt_ids
+from ..data.choice import deal
 from ..data.conversations import Conversation, read_conversations
 from ..data.corpus import digest
 from ..data.files import encode_json, file_sha256, write_atomic
-from ..data.prepare import deal
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
-from ..models.checkpoint import CONFIG, WEIGHTS, load_draft
+from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
 from ..models.repeats import repeated
 from ..models.target import DTYPES, Target, load_target
@@ -78,7 +78,7 @@ def evaluate(settings: Settings, run_dir: Path, target: Target) -> None:
         return
     if settings.eval.dtype != target.info.dtype:
         target = load_target(dataclasses.replace(settings.target, dtype=settings.eval.dtype))
-    draft = _fitting_draft(run_dir / "draft", target)
+    draft = _fitting_draft(draft_folder(settings, run_dir), target)
     jobs = _jobs(settings, run_dir, target)
     bench = _bench(settings.eval, target, draft, jobs)
     stage.begin()
@@ -99,12 +99,20 @@ def evaluate(settings: Settings, run_dir: Path, target: Target) -> None:
     write_atomic(folder / "eval.json", encode_json(_description(settings, run_dir, target, draft)))
 
 
+def draft_folder(settings: Settings, run_dir: Path) -> Path:
+    """Where the head lies that is evaluated."""
+    return run_dir / "draft" if settings.eval.draft is None else Path(settings.eval.draft)
+
+
 def _inputs(settings: Settings, run_dir: Path, target: Target) -> dict[str, Json]:
-    draft, prompts = run_dir / "draft", run_dir / "conversations" / "prompts.jsonl"
+    draft, prompts = draft_folder(settings, run_dir), run_dir / "conversations" / "prompts.jsonl"
     weights, configuration = draft / WEIGHTS, draft / CONFIG
     for path, command in ((prompts, "prepare"), (weights, "train"), (configuration, "train")):
-        if not path.exists():
-            raise UserError("run.name", settings.run.name, f"there is no {path}", f"run `eagle3 {command}` first")
+        if path.exists():
+            continue
+        if path.parent == draft and settings.eval.draft is not None:
+            raise UserError("eval.draft", draft, f"there is no {path.name} in it", "give the folder of a head")
+        raise UserError("run.name", settings.run.name, f"there is no {path}", f"run `eagle3 {command}` first")
     chosen = dataclasses.asdict(settings.eval)
     return {
         **{f"eval.{name}": list(value) if isinstance(value, tuple) else value for name, value in chosen.items()},
@@ -209,7 +217,8 @@ def compare(target: Target, prompt: list[int], plain: list[int], fast: list[int]
 
 def _description(settings: Settings, run_dir: Path, target: Target, draft: Eagle3Draft) -> dict[str, Json]:
     chosen = settings.prepare.prompts
-    shape = dataclasses.asdict(draft.config)
+    shape, folder = dataclasses.asdict(draft.config), draft_folder(settings, run_dir)
+    noted = read_config(folder / CONFIG)
     return {
         "schema": 1,
         "benchmark": chosen if chosen == "stdlib" else Path(chosen).stem,
@@ -226,7 +235,9 @@ def _description(settings: Settings, run_dir: Path, target: Target, draft: Eagle
             **shape,
             "target_layers": list(draft.config.target_layers),
             "parameters": sum(parameter.numel() for parameter in draft.parameters()),
-            "weights_sha256": file_sha256(run_dir / "draft" / WEIGHTS),
+            "weights_sha256": file_sha256(folder / WEIGHTS),
+            "training": noted.get("eagle3_training"),
+            "imported": noted.get("eagle3_import"),
         },
         "environment": environment(target.device),
     }

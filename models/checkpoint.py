@@ -13,6 +13,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..configs.errors import UserError
 from .draft import DraftConfig, Eagle3Draft
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, PICKLED = "config.json", "model.safetensors", "pytorch_model.bin"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 REMEDY = "take the folder of a trained head, such as runs/<name>/draft"
@@ -42,6 +43,7 @@ FIELDS: tuple[tuple[str, str, type], ...] = (
     ("max_positions", "max_position_embeddings", int),
     ("norm_output", "norm_output", bool),
     ("fc_norm", "fc_norm", bool),
+    ("norm_before_residual", "norm_before_residual", bool),
 )
 # What every head of ours is. A file that says otherwise describes another computation.
 CONSTANTS: dict[str, Any] = {
@@ -52,7 +54,6 @@ CONSTANTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "tie_word_embeddings": False,
-    "norm_before_residual": False,
 }
 
 
@@ -85,7 +86,7 @@ def load_draft(folder: Path) -> Eagle3Draft:
             raise UserError("draft", path, f"it has no tensor {name}, which its {CONFIG} asks for", REMEDY)
         if name not in expected:
             raise UserError("draft", path, f"its tensor {name} has no place in the head of its {CONFIG}", REMEDY)
-        _check_tensor(path, name, tensors[name], expected[name])
+        check_tensor(path, name, tensors[name], expected[name])
     if mapped:
         _check_vocabulary(path, tensors["d2t"], tensors["t2d"])
     draft.load_state_dict(tensors)
@@ -184,7 +185,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError("draft", path, f"it is damaged ({error})", REMEDY) from None
 
 
-def _check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch's own, in which nothing but tensors is allowed; UserError where it is damaged."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        problem = f"it is damaged, or holds more than tensors ({str(error).partition(chr(10))[0]})"
+        raise UserError("draft", path, problem, REMEDY) from None
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def check_tensor(path: Path, name: str, found: Tensor, wanted: Tensor) -> None:
+    """Refuse a tensor of another shape or type than ``wanted``, or with values that are not finite."""
     if found.shape != wanted.shape:
         problem = f"{name} has shape {list(found.shape)}, and its {CONFIG} says {list(wanted.shape)}"
         raise UserError("draft", path, problem, REMEDY)

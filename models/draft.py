@@ -28,6 +28,7 @@ class DraftConfig:
 
     ``target_layers`` are the captured decoder layers, 0-based and ascending. ``fc_norm`` and ``norm_output`` are
     EAGLE-3.1's: an RMSNorm per captured layer before ``fc``, and feeding ``norm(y)`` back instead of ``y``.
+    ``norm_before_residual`` is the speculators package's: the attention is added to ``hidden_norm(h)`` instead of ``h``.
     """
 
     hidden_size: int
@@ -43,6 +44,7 @@ class DraftConfig:
     max_positions: int
     fc_norm: bool = False
     norm_output: bool = False
+    norm_before_residual: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -219,7 +221,8 @@ class Eagle3Draft(nn.Module):
 
     def finish(self, h: Tensor, attended: Tensor) -> Tensor:
         """The layer behind the attention: ``h [..., H]`` and ``attended [..., N, W]`` to ``y [..., H]``."""
-        y = h + self.midlayer.self_attn.o_proj(attended.flatten(-2))
+        residual = self.midlayer.hidden_norm(h) if self.config.norm_before_residual else h
+        y = residual + self.midlayer.self_attn.o_proj(attended.flatten(-2))
         out: Tensor = y + self.midlayer.mlp(self.midlayer.post_attention_layernorm(y))
         return out
 

@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
@@ -33,9 +40,9 @@ from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
 from .generate import Answer, generate
 from .kv_cache import KVCache
-from .target_info import TargetHead, TargetInfo, attention_layout, describe, find_decoder
+from .target_info import TargetHead, TargetInfo, TargetText, attention_layout, describe, end_ids, find_decoder
 
-__all__ = ["Answer", "Target", "TargetHead", "TargetInfo", "TargetOutput", "load_target"]
+__all__ = ["Answer", "Target", "TargetHead", "TargetInfo", "TargetOutput", "TargetText", "load_target", "load_text"]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -88,6 +95,7 @@ class Target:
             model.get_output_embeddings().weight.detach(),
         )
         self.info = describe(model, tokenizer, config, settings, self.head, weights_sha256)
+        self.text = TargetText(tokenizer, self.info.eos_ids, self.info.max_positions)
         self.device = self.head.embedding.device
         # Llama-4 scales the queries of its position-free layers by a function of the position in the batch's longest
         # row, constant below this position; beyond it, rows of unequal length have to run alone.
@@ -155,22 +163,34 @@ def location(path: str) -> str:
 
 @contextmanager
 def opened(settings: TargetSettings) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What transformers calls the target's files: a name, and the arguments that choose the revision.
+    """Where the target's files are, as :func:`located`, and inside it one line for what cannot be read there.
 
     Raises:
-        UserError: no such folder; or, while they are read, what transformers says of missing files, refused downloads
-            and unknown types.
+        UserError: its numerics are unknown, there is no such folder, or as :func:`refusing`.
     """
     if settings.dtype not in DTYPES:
         raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    path = location(settings.path)
+    path, where = located(settings)
     is_path = Path(path).is_absolute() or path.startswith(".")
     if is_path and not (Path(path) / "config.json").is_file():
         raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")
+    with refusing(settings):
+        yield path, where
+
+
+def located(settings: TargetSettings) -> tuple[str, dict[str, Any]]:
+    """The folder or hub name of the target's files, and the revision as transformers' readers take it."""
+    path = location(settings.path)
+    return path, {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
+
+
+@contextmanager
+def refusing(settings: TargetSettings) -> Iterator[None]:
+    """Tell in one line what transformers raises for missing files, refused downloads and unknown types."""
     try:
-        yield path, {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
+        yield
     except (OSError, ValueError) as error:
         problem = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
@@ -197,6 +217,23 @@ def load_target(settings: TargetSettings) -> Target:
     target = Target(model, tokenizer, settings, checksum)
     check_head(target)
     return target
+
+
+def load_text(settings: TargetSettings) -> TargetText:
+    """Tokenizer and configuration of the target that :func:`load_target` would load; its weights are not touched.
+
+    Raises:
+        UserError: no such folder, a hub that cannot be reached, or files that are no causal language model.
+    """
+    with opened(settings) as (path, where):
+        whole = AutoConfig.from_pretrained(path, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        try:
+            generation = GenerationConfig.from_pretrained(path, **where)
+        except OSError:  # it is optional
+            generation = GenerationConfig.from_model_config(whole)
+    config = whole.get_text_config()
+    return TargetText(tokenizer, end_ids(generation, config, tokenizer), config.max_position_embeddings)
 
 
 def weights_sha256(path: str, where: dict[str, Any]) -> str:

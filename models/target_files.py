@@ -1,9 +1,13 @@
-"""The target without its layers: its shape, its tokenizer and its two ends, read from its files.
+"""What a target's files say without its layers: its shape, its tokenizer, and its two ends.
 
+    files = TargetFiles(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct"))
+    files.num_layers, files.lm_head     # [V, H]; nothing else is read
     ends = load_ends(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct", dtype="bfloat16"))
     ends.logits(ends.norm(states))      # [..., H] as layer N-1 leaves them -> [..., V]
 
-Who records with an engine that serves the target needs no more, and no room for its 400 B parameters.
+Who imports a head, or records with an engine that serves the target, needs no more, and no room for its 400 B
+parameters. The multimodal layout is read too: its language model is under ``text_config``, its weights behind a longer
+name.
 
 Shapes: H hidden, V vocabulary.
 """
@@ -11,7 +15,7 @@ Shapes: H hidden, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,73 @@ from transformers.utils.hub import cached_file
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
-from .target import DTYPES, opened, weights_sha256
+from .target import DTYPES, located, opened, refusing, weights_sha256
 from .target_info import TargetHead, TargetInfo, captured_layers, describe, find_decoder
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end with in every layout
 #: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others.
 PREFIXES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
+
+
+class TargetFiles:
+    """The files of a folder or of a hub name; weights are read when they are asked for, in the numerics of the file.
+
+    Raises:
+        UserError: there is no configuration of a causal language model; or, when asked, no such weight.
+    """
+
+    def __init__(self, settings: TargetSettings) -> None:
+        self.name, self.revision, self._settings = settings.path, settings.revision, settings
+        self._path, self._where = located(settings)
+        with refusing(settings):
+            config = AutoConfig.from_pretrained(self._path, **self._where).get_text_config()
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """The input embedding, ``[V, H]``."""
+        return self._read(self._ending(EMBEDDING), EMBEDDING)
+
+    @cached_property
+    def lm_head(self) -> Tensor:
+        """The LM head, ``[V, H]``; the embedding where both are one."""
+        stored = self._ending(LM_HEAD)
+        return self.embedding if stored is None else self._read(stored, LM_HEAD)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight that transformers' model calls ``name``."""
+        spellings = (there + name.removeprefix(here) for here, there in PREFIXES if name.startswith(here))
+        return self._read(next((stored for stored in spellings if stored in self._files), None), name)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The file of every tensor."""
+        with refusing(self._settings):
+            index = cached_file(self._path, INDEX, _raise_exceptions_for_missing_entries=False, **self._where)
+            if index is not None:
+                found: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
+                return found
+            with safe_open(self._file(SINGLE), "pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
+
+    def _ending(self, ending: str) -> str | None:
+        return next((name for name in self._files if name.endswith(ending)), None)
+
+    def _read(self, stored: str | None, name: str) -> Tensor:
+        if stored is None:
+            problem = f"its files have no tensor {name}"
+            raise UserError("target.path", self.name, problem, "give a checkpoint in Hugging Face's layout")
+        with refusing(self._settings), safe_open(self._file(self._files[stored]), "pt") as file:
+            found: Tensor = file.get_tensor(stored)
+            return found
+
+    def _file(self, name: str) -> str:
+        file = cached_file(self._path, name, **self._where)
+        assert file is not None  # it raises instead
+        return file
 
 
 def layers_of(settings: TargetSettings) -> tuple[tuple[int, ...], int]:
@@ -44,8 +110,8 @@ def layers_of(settings: TargetSettings) -> tuple[tuple[int, ...], int]:
     Raises:
         UserError: as :func:`load_ends`.
     """
-    with opened(settings) as (path, where):
-        count = AutoConfig.from_pretrained(path, **where).get_text_config().num_hidden_layers
+    with opened(settings):
+        count = TargetFiles(settings).num_layers
     return captured_layers(settings, count), count
 
 
@@ -78,59 +144,22 @@ def load_ends(settings: TargetSettings) -> TargetEnds:
         if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **where):
             model.generation_config = GenerationConfig.from_pretrained(path, **where)
         decoder = find_decoder(model, settings.path)
-        head, norm = _read_ends(settings, model, decoder, path, where)
+        head, norm = _read_ends(settings, model, decoder)
     info = describe(model, tokenizer, decoder.config, settings, head, checksum)
     return TargetEnds(info, head, norm, tokenizer)
 
 
-def _read_ends(
-    settings: TargetSettings, model: PreTrainedModel, decoder: Any, path: str, where: dict[str, Any]
-) -> tuple[TargetHead, nn.Module]:
+def _read_ends(settings: TargetSettings, model: PreTrainedModel, decoder: Any) -> tuple[TargetHead, nn.Module]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     # Two of them are one where they are tied.
     wanted = [decoder.embed_tokens.weight, decoder.norm.weight, model.get_output_embeddings().weight]
-    read = _read_tensors(settings, [names[id(parameter)] for parameter in wanted], path, where)
-    for parameter in wanted:
-        found = read[names[id(parameter)]]
-        if found.shape != parameter.shape:
-            problem = f"its {names[id(parameter)]} is {tuple(found.shape)} and not {tuple(parameter.shape)}"
+    files, read = TargetFiles(settings), dict[int, Tensor]()
+    for key, parameter in {id(parameter): parameter for parameter in wanted}.items():
+        read[key] = files.weight(names[key]).to(DTYPES[settings.dtype])
+        if read[key].shape != parameter.shape:
+            problem = f"its {names[key]} is {tuple(read[key].shape)} and not {tuple(parameter.shape)}"
             raise UserError("target.path", settings.path, problem, "take files that belong together")
-    embedding, weight, lm_head = (read[names[id(parameter)]] for parameter in wanted)
+    embedding, weight, lm_head = (read[id(parameter)] for parameter in wanted)
     decoder.norm.load_state_dict({"weight": weight}, assign=True)
     decoder.norm.requires_grad_(False)
     return TargetHead(embedding, weight, decoder.config.rms_norm_eps, lm_head), decoder.norm
-
-
-def _read_tensors(
-    settings: TargetSettings, names: Sequence[str], path: str, where: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The named tensors, in the target's numerics; only the files that hold them are opened."""
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
-    if index is None:
-        files = dict.fromkeys(_names(_file(path, "model.safetensors", where)), "model.safetensors")
-    else:
-        files = json.loads(Path(index).read_text())["weight_map"]
-    found = {}
-    for name in set(names):
-        stored = next((other for other in _spellings(name) if other in files), None)
-        if stored is None:
-            problem = f"its files have no tensor {name}"
-            raise UserError("target.path", settings.path, problem, "give a checkpoint in Hugging Face's layout")
-        with safe_open(_file(path, files[stored], where), "pt") as file:
-            found[name] = file.get_tensor(stored).to(DTYPES[settings.dtype])
-    return found
-
-
-def _spellings(name: str) -> list[str]:
-    return [there + name.removeprefix(here) for here, there in PREFIXES if name.startswith(here)]
-
-
-def _names(path: str) -> list[str]:
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
-
-
-def _file(path: str, name: str, where: dict[str, Any]) -> str:
-    file = cached_file(path, name, **where)
-    assert file is not None  # it raises instead
-    return file

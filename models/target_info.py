@@ -15,7 +15,7 @@ from ..configs.settings import TargetSettings
 from .kv_cache import CHUNKED, FULL, SLIDING
 
 if TYPE_CHECKING:  # whoever reads a store needs these types and none of transformers' memory
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class TargetInfo:
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
+    max_positions: int
+
+
+class TargetText(NamedTuple):
+    """What is known of a target without its weights: how it reads, where it stops, and how long a text may be."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
     max_positions: int
 
 
@@ -84,9 +92,6 @@ def describe(
     weights_sha256: str,
 ) -> TargetInfo:
     fields, count = config.to_dict(), config.num_hidden_layers
-    ends: set[int] = set()
-    for given in (model.generation_config.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
-        ends |= set(given) if isinstance(given, list) else {given}
     return TargetInfo(
         name=settings.path,
         revision=model.config.to_dict().get("_commit_hash") or settings.revision,
@@ -94,7 +99,7 @@ def describe(
         num_layers=count,
         hidden_size=config.hidden_size,
         vocab_size=head.lm_head.shape[0],
-        eos_ids=tuple(sorted(ends - {None})),
+        eos_ids=end_ids(model.generation_config, config, tokenizer),
         layers=captured_layers(settings, count),
         dtype=str(model.dtype).removeprefix("torch."),
         num_heads=config.num_attention_heads,
@@ -104,6 +109,16 @@ def describe(
         rms_norm_eps=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
     )
+
+
+def end_ids(
+    generation: GenerationConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The tokens with which a target ends its turn; its files name one or several, each for itself."""
+    ends: set[int] = set()
+    for given in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
+        ends |= set(given) if isinstance(given, list) else {given}
+    return tuple(sorted(ends - {None}))
 
 
 def captured_layers(settings: TargetSettings, count: int) -> tuple[int, ...]:

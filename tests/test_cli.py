@@ -140,15 +140,24 @@ def test_the_target_is_loaded_once_and_only_when_needed(pipeline: Pipeline, monk
     monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=loaded.append))
     assert cli.main(["run", "tiny"]) == 0
     assert loaded == []
-    pipeline.outcome = dict.fromkeys(("record", "eval"), lambda run: run.target)
+    pipeline.outcome = dict.fromkeys(("regenerate", "record", "eval"), lambda run: run.target)
     assert cli.main(["run", "tiny"]) == 0
     assert loaded == [load("tiny").target]
+
+
+def test_where_servers_answer_no_weights_are_loaded(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=lambda _: "target", load_text=lambda _: "text"))
+    seen = []
+    pipeline.outcome = {"regenerate": lambda run: seen.append(run.answering)}
+    assert cli.main(["regenerate", "tiny"]) == 0
+    assert cli.main(["regenerate", "tiny", "regenerate.endpoints=http://a:8000,http://b:8000/v1"]) == 0
+    assert seen == ["target", "text"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "command = (none): nothing to do; choose one of run, prepare, regenerate, record, train, eval, inspect, export, report, or --help"),
+        ([], "command = (none): nothing to do; choose one of run, plan, prepare, regenerate, record, train, eval, inspect, export, import, report, or --help"),
         (["trian", "tiny"], "command = trian: there is no such command; did you mean train?"),
         (["xyz"], "command = xyz: there is no such command; choose one of run,"),
         (["train"], "the following arguments are required: CONFIG"),
@@ -184,13 +193,13 @@ def test_several_runs_are_compared(pipeline: Pipeline, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "\ncomparison of a, b\n\nruns/a/eval/report.html\nruns/b/eval/report.html\n"
 
 
-@pytest.mark.parametrize("command", ["run", *cli.STAGES])
+@pytest.mark.parametrize("command", ["run", "plan", *cli.STAGES])
 def test_help_explains_every_setting_that_matters(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    sections = describe() if command == "run" else cli.STAGES[command].sections
+    sections = describe() if command in ("run", "plan") else cli.STAGES[command].sections
     for setting in (setting for section in sections for setting in describe()[section]):
         assert f"{setting.name}={setting.default} {setting.text}" in words
 
@@ -199,7 +208,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     said = capsys.readouterr().out
-    assert all(f"\n    {command}" in said for command in ("run", *cli.STAGES, "inspect", "report"))
+    assert all(f"\n    {command}" in said for command in ("run", "plan", *cli.STAGES, "inspect", "report"))
 
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:

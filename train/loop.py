@@ -26,13 +26,15 @@ from ..configs.signals import StopRequest
 from ..data.files import encode_json, encode_line, exclusive, file_sha256, write_atomic
 from ..data.stage import Json, Stage
 from ..data.store import MANIFEST, Store
+from ..models.checkpoint import WEIGHTS
 from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, supervised
+from ..models.shapes import draft_config
 from ..models.start import begin, feature_scale
 from . import checkpoint
 from .batches import Batch, Schedule, collate, divide, load, some_states
 from .launch import any_rank, gather_parameters, make_accelerator
-from .module import Trained, TrainingTimeTest, draft_config, parameter_groups
+from .module import Trained, TrainingTimeTest, parameter_groups, warm_draft
 from .progress import TrainProgress
 from .validate import Tally, Validation, validation_parts
 
@@ -54,29 +56,44 @@ def train(settings: Settings, run_dir: Path) -> None:
     stage = Stage("train", run_dir, run_dir / "train", _inputs(settings, store))
     if stage.begun() and (stage.folder / DONE).exists():
         return
+    warm = None if settings.train.warm_start is None else warm_draft(settings, store)
     accelerator = make_accelerator(settings, run_dir)
     if accelerator.is_main_process:
-        stage.begin()
+        stage.begin()  # only now: a head that was refused shall not tie the run to it
     accelerator.wait_for_everyone()
     lock = exclusive(stage.folder / ".train.lock") if accelerator.is_main_process else nullcontext()
     with lock, StopRequest(stage.resume) as stop:
-        Trainer(settings, run_dir, store, accelerator).run(stop)
+        Trainer(settings, run_dir, store, accelerator, warm).run(stop)
     accelerator.end_training()
 
 
 class Trainer:
     """The state of one training run and its loop."""
 
-    def __init__(self, settings: Settings, run_dir: Path, store: Store, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        run_dir: Path,
+        store: Store,
+        accelerator: Accelerator,
+        warm: Eagle3Draft | None,
+    ) -> None:
         self.settings, self.store, self.accelerator = settings, store, accelerator
         self.folder, self.draft_folder = run_dir / "train", run_dir / "draft"
         chosen = settings.train
         torch.manual_seed(settings.run.seed)
         head = store.head()
-        self.vocabulary = store.draft_vocabulary(settings.draft.vocab_size).ids
-        draft = Eagle3Draft(draft_config(settings.draft, store), self.vocabulary)
         states, tokens = some_states(store)
-        begin(draft, head, states, tokens)
+        if warm is None:
+            vocabulary = store.draft_vocabulary(settings.draft.vocab_size)
+            if accelerator.is_main_process:
+                print(vocabulary, flush=True)
+            draft = Eagle3Draft(draft_config(settings.draft, store.manifest.target), vocabulary.ids)
+            begin(draft, head, states, tokens)
+        else:
+            draft = warm
+        self._origin = None if chosen.warm_start is None else file_sha256(Path(chosen.warm_start) / WEIGHTS)
+        self.config, self.vocabulary = draft.config, draft.draft_ids.clone() if draft.mapped else None
         embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
@@ -171,7 +188,7 @@ class Trainer:
         parameters = gather_parameters(accelerator, self.module)
         if accelerator.is_main_process and validation.acceptance_length > self.best["acceptance_length"]:
             self.best = {"step": step, "acceptance_length": validation.acceptance_length, "chain": self._chain}
-            draft = Eagle3Draft(draft_config(self.settings.draft, self.store), self.vocabulary)
+            draft = Eagle3Draft(self.config, self.vocabulary)
             draft.load_state_dict(draft.state_dict() | parameters)
             checkpoint.save_best(draft, self.draft_folder, self._provenance())
             write_atomic(self.folder / BEST, encode_json(self.best))
@@ -189,7 +206,8 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         target = self.store.manifest.target
         kept = ("name", "revision", "weights_sha256", "num_layers", "dtype")
-        trained = self.best | {"objective": self.settings.train.objective, "ttt_steps": self.settings.train.ttt_steps}
+        chosen = self.settings.train
+        trained = self.best | {"objective": chosen.objective, "ttt_steps": chosen.ttt_steps, "warm_start": self._origin}
         return {"eagle3_target": {key: target[key] for key in kept}, "eagle3_training": trained}
 
     def _resume(self) -> int:
@@ -237,6 +255,9 @@ def _sums(trained: Trained) -> Tensor:
 def _inputs(settings: Settings, store: Store) -> dict[str, Json]:
     """What the head depends on."""
     trained = {f"train.{key}": value for key, value in asdict(settings.train).items() if key not in FREE}
+    if settings.train.warm_start is not None:
+        weights = Path(settings.train.warm_start) / WEIGHTS
+        trained["train.warm_start"] = file_sha256(weights) if weights.is_file() else settings.train.warm_start
     shape = {f"draft.{key}": value for key, value in asdict(settings.draft).items()}
     store_hash = file_sha256(store.path / MANIFEST)
     named = {"run.seed": settings.run.seed, "store/manifest.json": store_hash, "eval.chain": settings.eval.chain}

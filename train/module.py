@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..configs.errors import UserError
-from ..configs.settings import DraftSettings, TrainSettings
+from ..configs.settings import DraftSettings, Settings, TrainSettings
 from ..data.store import Store
-from ..models.draft import DraftConfig, Eagle3Draft
+from ..models.checkpoint import load_draft
+from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, StepOutput, rollout
+from ..models.shapes import draft_config
 from .objective import StepResult, objective, weighted
 
 
@@ -52,29 +56,26 @@ def parameter_groups(draft: Eagle3Draft, scale: Tensor) -> list[dict[str, Any]]:
     return [{"params": rest, "scale": 1.0}, {"params": [draft.fc.weight], "scale": 1.0 / float(scale.mean())}]
 
 
-def draft_config(chosen: DraftSettings, store: Store) -> DraftConfig:
-    """The head's shape: the recipe's, and the target's where the recipe says nothing.
+def warm_draft(settings: Settings, store: Store) -> Eagle3Draft:
+    """The head in ``train.warm_start``, with its own vocabulary.
 
     Raises:
-        UserError: key/value heads that do not divide the heads.
+        UserError: there is no head, or it is not of the shape that the recipe and the store ask for.
     """
-    target = store.manifest.target
-    config = DraftConfig(
-        hidden_size=target["hidden_size"],
-        intermediate_size=chosen.intermediate_size,
-        num_heads=chosen.num_heads or target["num_heads"],
-        num_kv_heads=chosen.num_kv_heads or target["num_kv_heads"],
-        head_dim=chosen.head_dim or target["head_dim"],
-        vocab_size=target["vocab_size"],
-        draft_vocab_size=chosen.vocab_size,
-        target_layers=tuple(target["layers"]),
-        rms_norm_eps=target["rms_norm_eps"],
-        rope_theta=chosen.rope_theta or target["rope_theta"],
-        max_positions=target["max_positions"],
-        fc_norm=chosen.fc_norm,
-        norm_output=chosen.norm_output,
-    )
-    if config.num_heads % config.num_kv_heads:
-        problem = f"it does not divide the {config.num_heads} heads"
-        raise UserError("draft.num_kv_heads", config.num_kv_heads, problem, "give a divisor of draft.num_heads")
-    return config
+    path = Path(settings.train.warm_start or "")
+    draft, wanted = load_draft(path), draft_config(settings.draft, store.manifest.target)
+    theirs = asdict(draft.config)
+    for key in ("hidden_size", "vocab_size", "target_layers"):
+        if theirs[key] != (recorded := getattr(wanted, key)):
+            problem = f"its {key} is {theirs[key]}, and the store's {recorded}"
+            raise UserError("train.warm_start", path, problem, "take a head for these recordings, or record for it")
+    chosen = {"vocab_size": "draft_vocab_size"}
+    differing = [
+        f"draft.{field.name}={theirs[key]}"
+        for field in fields(DraftSettings)
+        if theirs[key := chosen.get(field.name, field.name)] != getattr(wanted, key)
+    ]
+    if differing:
+        problem, remedy = "it has another shape than the recipe says", f"set {' '.join(differing)}"
+        raise UserError("train.warm_start", path, problem, remedy)
+    return draft

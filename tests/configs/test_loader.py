@@ -209,3 +209,29 @@ def test_every_limit_and_choice_belongs_to_a_setting() -> None:
         if setting.type.startswith(("int", "float", "tuple[int", "tuple[float"))
     }
     assert numbers == limits.LIMITS.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (
+            "node1:8000",
+            r'endpoints = \[node1:8000\]: "node1:8000" is no address of a server; give addresses, such as http',
+        ),
+        ("http://", '"http://" is no address'),
+        ("http://node1:8000a/v1", '"http://node1:8000a/v1" is no address'),
+        ('"http://node1: 8000"', '"http://node1: 8000" is no address'),
+        ("http://a,http://a", r"endpoints = \[http://a, http://a\]: http://a stands twice; give each once"),
+    ],
+)
+def test_endpoints_are_addresses(given: str, complaint: str) -> None:
+    assert loader.load(
+        "tiny", ['regenerate.endpoints=http://a:1,https://b/v1,"http://[::1]:8000/"']
+    ).regenerate.endpoints == (
+        "http://a:1",
+        "https://b/v1",
+        "http://[::1]:8000/",
+    )
+    assert loader.load("tiny", ["regenerate.endpoints="]).regenerate.endpoints == ()
+    with pytest.raises(UserError, match=complaint):
+        loader.load("tiny", [f"regenerate.endpoints={given}"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from eagle3.configs.errors import UserError
+from eagle3.data.answers import Answer
 from eagle3.data.chat import prompt_ids, sequence, tokenizer_hash
 from eagle3.data.conversations import Conversation
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -35,11 +36,11 @@ def test_a_template_that_refuses(tokenizer: PreTrainedTokenizerFast) -> None:
         prompt_ids(tokenizer, ask(("system", "x"), ("user", "y")))
 
 
-def test_mask_is_the_answer() -> None:
-    made = sequence([5, 6, 7], [8, 9])
-    assert made.input_ids.tolist() == [5, 6, 7, 8, 9]
+def test_mask_is_what_the_target_said() -> None:
+    made = sequence(Answer("a", "s", "train", 0.0, [5, 6, 7, 8, 9, 5, 9], [[3, 5], [6, 7]], "stop", True))
+    assert made.input_ids.tolist() == [5, 6, 7, 8, 9, 5, 9]
     assert made.input_ids.dtype == "int32"
-    assert made.loss_mask.tolist() == [False, False, False, True, True]
+    assert made.loss_mask.tolist() == [False, False, False, True, True, False, True]
 
 
 def test_hashes_follow_what_they_hash(tokenizer: PreTrainedTokenizerFast, tiny_folder: Path) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from eagle3.configs.errors import Interrupted, UserError
 from eagle3.configs.settings import PrepareSettings, Settings
 from eagle3.data import prepare as stage
-from eagle3.data.conversations import Conversation, Prompts, read_conversations
-from eagle3.data.prepare import deal, prepare, prepared
+from eagle3.data.choice import NOT_NEEDED
+from eagle3.data.conversations import Conversation, read_conversations
+from eagle3.data.prepare import prepare, prepared
+from eagle3.data.sources import Row
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 PROMPTS = Path("conversations/prompts.jsonl")
@@ -88,7 +92,7 @@ def test_long_prompts_are_left_out_and_counted(
 
 
 def test_a_split_without_prompts(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="prepare.test = 1: .* has no short enough prompt in this split; add lines"):
+    with pytest.raises(UserError, match="prepare.test = 1: .* has no short enough prompt in this split .*; add rows"):
         prepare(write(rows(train_a=5, validation_a=2)), tmp_path / "run", tokenizer)
     prepare(write(rows(train_a=5, validation_a=2), test=0), tmp_path / "run", tokenizer)
 
@@ -106,13 +110,13 @@ def test_a_complete_stage_reads_no_prompts(
 ) -> None:
     settings = write(rows(train_a=5, validation_a=2, test_a=2))
     library = Settings(prepare=PrepareSettings(train=5, validation=2, test=2))
-    prompts = stage.load_prompts(Path(settings.prepare.prompts))
-    monkeypatch.setattr(stage, "library_prompts", lambda: Prompts(prompts.conversations, Counter()))
+    found = list(stage.read_prompts(settings.prepare, stage.rows(settings.prepare), Counter()))
+    monkeypatch.setattr(stage, "library_prompts", lambda notes: iter(found))
     prepare(settings, tmp_path / "file", tokenizer)
     prepare(library, tmp_path / "library", tokenizer)
     before = (tmp_path / "library" / PROMPTS).stat().st_ino
     monkeypatch.setattr(stage, "library_prompts", None)
-    monkeypatch.setattr(stage, "load_prompts", None)
+    monkeypatch.setattr(stage, "rows", None)
     started = time.monotonic()
     prepare(settings, tmp_path / "file", tokenizer)
     prepare(library, tmp_path / "library", tokenizer)
@@ -145,9 +149,55 @@ def test_senseless_counts(tmp_path: Path, write, tokenizer: PreTrainedTokenizerF
 def test_no_such_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     settings = Settings(prepare=PrepareSettings(prompts=str(tmp_path / "absent.jsonl")))
     with pytest.raises(
-        UserError, match=r'prepare.prompts = .*absent.jsonl: it cannot be read .*; give a JSONL file or "stdlib"'
+        UserError, match=r'prepare.prompts = .*absent.jsonl: there is no such file; give .* or "stdlib"'
     ):
         prepare(settings, tmp_path / "run", tokenizer)
+
+
+def test_what_a_template_refuses_is_counted(tmp_path: Path, write, tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    lines = [*rows(train_a=5, validation_a=1, test_a=1), {"split": "train", "prompt": "?", "system": "Be brief."}]
+    prepare(write(lines), tmp_path / "run", tokenizer)
+    notes = json.loads((tmp_path / "run" / "conversations" / "summary.json").read_bytes())["notes"]
+    assert notes == {f"{stage.TEMPLATE} (no system messages)": 1}
+    with pytest.raises(
+        UserError, match=r"prepare.train = 6: .* split \(.* refuses them \(no system messages\): 1\); add"
+    ):
+        prepare(write(lines[5:]), tmp_path / "other", tokenizer)
+
+
+def test_what_a_template_leaves_out_is_counted(tmp_path: Path, write, tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)  # whose template knows nothing of calls
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    called = {"role": "assistant", "content": "I add.", "tool_calls": [call]}
+    tools = [{"role": "user", "content": "One and two?"}, called, {"role": "tool", "content": "3"}]
+    lines = [*rows(train_a=5, validation_a=1, test_a=1), {"split": "train", "messages": tools}]
+
+    def notes(name: str) -> dict[str, int]:
+        prepare(write(lines), tmp_path / name, tokenizer)
+        return json.loads((tmp_path / name / "conversations" / "summary.json").read_bytes())["notes"]
+
+    assert notes("calls") == {f"{stage.LEFT_OUT} calls of tools": 1}
+    own = tokenizer.chat_template
+    tokenizer.chat_template = own + "{% for m in messages %}{{ m.tool_calls }}{% endfor %}"
+    assert notes("whole") == {}
+    tokenizer.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{{ m.tool_calls }}{% endfor %}"
+    assert notes("results") == {f'{stage.LEFT_OUT} the content of "tool"': 1}
+
+
+def test_follow_ups_count_for_the_length(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = [
+        *rows(train_a=3, validation_a=1, test_a=1),
+        {"split": "train", "turns": ["Short?", "And then?"]},
+        {"split": "train", "turns": ["Short?", "long " * 60]},
+    ]
+    prepare(write(lines, max_prompt_tokens=100), tmp_path / "run", tokenizer)
+    kept = {c.follow_ups for c in chosen(tmp_path / "run")}
+    assert kept == {(), ("And then?",)}
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -175,19 +225,22 @@ def test_a_crash_at_any_moment_changes_nothing(
 
 
 def test_a_signal(tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, real = write(rows(train_a=9, validation_a=2, test_a=2)), stage.load_prompts
+    settings, real = write(rows(train_a=9, validation_a=2, test_a=2)), stage.rows
 
-    def signalled(path: Path) -> Prompts:
+    def signalled(settings: PrepareSettings) -> Iterator[Row]:
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(path)
+        yield from itertools.cycle(real(settings))  # a long source: it ends at the first row after the signal
 
-    monkeypatch.setattr(stage, "load_prompts", signalled)
-    with pytest.raises(Interrupted, match="the prompts are read; resume with: eagle3 prepare .*run/config.yaml"):
+    monkeypatch.setattr(stage, "rows", signalled)
+    with pytest.raises(Interrupted, match="prompts are not chosen yet; resume with: eagle3 prepare .*run/config.yaml"):
         prepare(settings, tmp_path / "run", tokenizer)
     assert not (tmp_path / "run").exists()
 
 
-def test_deal_ends_when_all_are_dealt() -> None:
-    hands = [Conversation(f"{source}{i}", source, "train", []) for source in "ab" for i in range(3)]
-    assert sorted(c.id for c in deal(hands)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
-    assert [c.source for c in deal(hands)] == ["a", "b"] * 3
+def test_a_long_source_is_read_once_and_says_so(
+    tmp_path: Path, write, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(write(rows(train_a=300, validation_a=2, test_a=2)), tmp_path / "run", tokenizer)
+    assert re.search(r"^prepare 304 rows, [\d,]+ rows/s$", capsys.readouterr().err, re.MULTILINE)
+    summary = json.loads((tmp_path / "run" / "conversations" / "summary.json").read_bytes())
+    assert summary["notes"] == {NOT_NEEDED: 304 - 6 - 1 - 1}

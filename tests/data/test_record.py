@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.settings import RecordSettings, Settings
-from eagle3.data.conversations import Answer, read_answers, read_finished
+from eagle3.data.answers import Answer, read_answers, read_finished
 from eagle3.data.record import plan, record, recorded
 from eagle3.data.store import Store
 from eagle3.models.target import Target, TargetOutput
@@ -26,7 +26,8 @@ fork = multiprocessing.get_context("fork")
 
 
 def answer(prompt: int, said: int, identity: str = "a") -> Answer:
-    return Answer(identity, "s", "train", 1.0, [1] * prompt, [2] * said, "length")
+    ids = [1] * prompt + [2] * said
+    return Answer(identity, "s", "train", 1.0, ids, [[prompt, len(ids)]], "length", True)
 
 
 def test_every_sample_holds_what_the_target_computes(finished: Path, tiny_target: Target) -> None:
@@ -38,8 +39,9 @@ def test_every_sample_holds_what_the_target_computes(finished: Path, tiny_target
     for i in range(len(store)):
         sample = store[i]
         said = answers[sample.id]
-        assert sample.input_ids.tolist() == said.prompt_ids + said.answer_ids
-        assert sample.loss_mask.tolist() == [False] * len(said.prompt_ids) + [True] * len(said.answer_ids)
+        ((start, end),) = said.turns
+        assert sample.input_ids.tolist() == said.ids
+        assert sample.loss_mask.tolist() == [False] * start + [True] * (end - start)
         assert sample[1:4] == (said.source, said.split, said.temperature)
         alone = tiny_target.forward(sample.input_ids[None].long())
         torch.testing.assert_close(sample.features.float(), alone.features[0], rtol=1e-2, atol=1e-2)
@@ -57,9 +59,9 @@ def test_the_manifest_says_what_the_contract_lists(finished: Path, recipe: Setti
     assert manifest.dtypes["features"] == manifest.dtypes["last_hidden"] == "bfloat16"
     answers = read_answers(finished / "conversations" / "answers.jsonl")
     assert manifest.samples == len(answers)
-    assert manifest.tokens == sum(len(a.prompt_ids) + len(a.answer_ids) for a in answers)
-    assert manifest.supervised_tokens == sum(len(a.answer_ids) for a in answers)
-    assert manifest.greedy_tokens == sum(len(a.answer_ids) for a in answers if a.temperature == 0.0)
+    assert manifest.tokens == sum(len(a.ids) for a in answers)
+    assert manifest.supervised_tokens == sum(len(a.said) for a in answers)
+    assert manifest.greedy_tokens == sum(len(a.said) for a in answers if a.temperature == 0.0)
     assert manifest.disagreeing == 0
     assert len(manifest.shards) > 2
 
@@ -73,7 +75,7 @@ def test_float32_storage_is_exact(answered: Path, recipe: Settings, tiny_target:
 
 def test_plan_is_a_partition_within_the_limits() -> None:
     answers = [answer(5 + i * 7 % 11, 3 + i * 5 % 13, str(i)) for i in range(40)]
-    lengths = [len(a.prompt_ids) + len(a.answer_ids) for a in answers]
+    lengths = [len(a.ids) for a in answers]
     shards = plan(answers, RecordSettings(batch_tokens=50, shard_tokens=120))
     flat = [sorted(i for batch in shard for i in batch) for shard in shards]
     assert [i for shard in flat for i in shard] == list(range(40))
@@ -239,7 +241,8 @@ def test_answers_of_another_model_are_refused(answered: Path, recipe: Settings, 
     (answered / "conversations" / "regenerate.stage.json").unlink()  # as if another tool had written them
     rows = [json.loads(line) for line in path.open()]
     for row in rows:
-        row["answer_ids"] = [(token + 1) % tiny_target.info.vocab_size for token in row["answer_ids"]]
+        start = row["turns"][0][0]
+        row["ids"][start:] = [(token + 1) % tiny_target.info.vocab_size for token in row["ids"][start:]]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Incomplete, match="the answers are another target's"):
         record(recipe, answered, tiny_target)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from eagle3.configs.errors import Interrupted, UserError
 from eagle3.configs.settings import Settings
-from eagle3.data.conversations import read_answers, read_conversations
+from eagle3.data.answers import read_answers
+from eagle3.data.conversations import read_conversations
 from eagle3.data.files import exclusive
 from eagle3.data.regenerate import ask, plan, regenerate, regenerated
 from eagle3.models.target import Target
@@ -22,15 +23,6 @@ from eagle3.models.target import Target
 ANSWERS, SUMMARY = Path("conversations/answers.jsonl"), Path("conversations/answers.summary.json")
 
 fork = multiprocessing.get_context("fork")
-
-
-@pytest.fixture
-def asked(run_dir: Path) -> Path:
-    """The run before it was answered."""
-    shutil.rmtree(run_dir / "store")
-    for name in (ANSWERS, SUMMARY, Path("conversations/regenerate.stage.json")):
-        (run_dir / name).unlink()
-    return run_dir
 
 
 def test_every_prompt_is_answered_once(finished: Path, tiny_target: Target) -> None:
@@ -43,10 +35,13 @@ def test_every_prompt_is_answered_once(finished: Path, tiny_target: Target) -> N
         rendered = tiny_target.tokenizer.apply_chat_template(
             prompt.messages, add_generation_prompt=True, return_dict=False
         )
-        assert answer.prompt_ids == rendered
-        ended = answer.answer_ids[-1] in tiny_target.info.eos_ids
+        ((start, end),) = answer.turns
+        assert answer.ids[:start] == rendered
+        assert end == len(answer.ids)
+        ended = answer.ids[-1] in tiny_target.info.eos_ids
         assert answer.finish == ("stop" if ended else "length")
-        assert len(answer.answer_ids) == 8 or ended
+        assert len(answer.said) == 8 or ended
+        assert answer.exact
 
 
 def test_temperatures_are_dealt_in_turn(finished: Path) -> None:
@@ -59,13 +54,13 @@ def test_greedy_answers_are_the_targets(finished: Path, tiny_target: Target) -> 
     greedy = [a for a in read_answers(finished / ANSWERS) if a.temperature == 0.0]
     assert len(greedy) == 14
     for answer in greedy[:5]:
-        assert tiny_target.generate([answer.prompt_ids], [0.0], 8)[0].ids == answer.answer_ids
+        assert tiny_target.generate([answer.ids[: answer.turns[0][0]]], [0.0], 8)[0].ids == answer.said
 
 
 def test_the_seed_changes_sampled_answers_only(asked: Path, finished: Path, changed, tiny_target: Target) -> None:
     regenerate(changed("run", seed=4), asked, tiny_target)
     for ours, theirs in zip(read_answers(asked / ANSWERS), read_answers(finished / ANSWERS), strict=True):
-        assert (ours.answer_ids == theirs.answer_ids) == (ours.temperature == 0.0)
+        assert (ours.ids == theirs.ids) == (ours.temperature == 0.0)
 
 
 def test_every_answer_has_draws_of_its_own(
@@ -83,7 +78,7 @@ def test_every_answer_has_draws_of_its_own(
 
 
 def test_batches_are_a_partition_by_length(finished: Path, recipe: Settings, tiny_target: Target) -> None:
-    questions = ask(recipe, read_conversations(finished / "conversations" / "prompts.jsonl"), tiny_target)
+    questions = ask(recipe, read_conversations(finished / "conversations" / "prompts.jsonl"), tiny_target.text)
     batches = plan(questions, 7)
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     lengths = [len(question.prompt_ids) for batch in batches for question in batch]
@@ -223,5 +218,5 @@ def test_the_summary_counts(finished: Path) -> None:
     summary = json.loads((finished / SUMMARY).read_bytes())
     answers = read_answers(finished / ANSWERS)
     assert summary["answers"] == 24
-    assert summary["answer_tokens"] == sum(len(answer.answer_ids) for answer in answers)
+    assert summary["answer_tokens"] == sum(len(answer.said) for answer in answers)
     assert summary["by_split"] == {"test": 4, "train": 16, "validation": 4}

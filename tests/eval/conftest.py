@@ -1,14 +1,19 @@
-"""A random head that fits the tiny target."""
+"""A random head that fits the tiny target, and a run with a trained one."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from eagle3.configs.loader import save
+from eagle3.configs.settings import Settings
 from eagle3.models.draft import DraftConfig, Eagle3Draft
 from eagle3.models.target import Target
+from eagle3.train.loop import train
 
 DRAFT_VOCABULARY = 64
 
@@ -34,3 +39,13 @@ def new_draft(tiny_target: Target) -> Callable[..., Eagle3Draft]:
         return draft.requires_grad_(False)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def trained(recipe: Settings, finished: Path, changed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a head; not to be written to."""
+    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "run"))
+    settings = changed("train", epochs=1, ttt_steps=2, batch_tokens=320)
+    train(settings, run)
+    save(settings, run / "config.yaml")
+    return run

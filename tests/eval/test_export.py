@@ -9,21 +9,8 @@ from typing import Any
 
 import pytest
 from eagle3.cli import main
-from eagle3.configs.loader import save
-from eagle3.configs.settings import Settings
 from eagle3.models.formats import FORMATS
-from eagle3.train.loop import train
 from safetensors.torch import load_file, save_file
-
-
-@pytest.fixture(scope="module")
-def trained(recipe: Settings, finished: Path, changed: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a head; not to be written to."""
-    run = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "run"))
-    settings = changed("train", epochs=1, ttt_steps=2, batch_tokens=320)
-    train(settings, run)
-    save(settings, run / "config.yaml")
-    return run
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -62,7 +62,7 @@ def write_run(
     folder: Path, temperatures: tuple[float, ...] = (0.0, 1.0), sources: tuple[str, ...] = ("code", "<i>|prose")
 ) -> Path:
     """A run that was evaluated, with training log and recipe."""
-    for name in ("eval", "train", "draft"):
+    for name in ("eval", "train"):
         (folder / name).mkdir(parents=True)
     traces = [
         trace
@@ -74,11 +74,12 @@ def write_run(
     (folder / "eval" / "traces.jsonl").write_bytes(b"".join(trace.to_line() for trace in traces))
     description = {
         "schema": 1, "benchmark": "bench", "seed": 0, "batch": 1, "engine": "engine 1",
-        "settings": {"chain": CHAIN, "temperatures": list(temperatures), "prompts": 6, "max_new_tokens": 8,
+        "settings": {"draft": None, "chain": CHAIN, "temperatures": list(temperatures), "prompts": 6, "max_new_tokens": 8,
                      "sampling": "sampled", "dtype": "float32"},
         "target": {"name": "<target>", "weights_sha256": "ab" * 32, "num_layers": 4, "hidden_size": 8,
                    "vocab_size": 50},
-        "draft": {"draft_vocab_size": 40, "vocab_size": 50, "parameters": 1234, "weights_sha256": "cd" * 32},
+        "draft": {"draft_vocab_size": 40, "vocab_size": 50, "parameters": 1234, "weights_sha256": "cd" * 32,
+                  "training": {"step": 10, "acceptance_length": 2.4, "chain": CHAIN}, "imported": None},
         "environment": {"processor": "cpu & co", "device": "cpu", "threads": 1},
     }  # fmt: skip
     (folder / "eval" / "eval.json").write_bytes(encode_json(description))
@@ -86,8 +87,6 @@ def write_run(
     lines += [{"step": step, "loss": 5.0 / step, "accuracy": [0.5] * CHAIN} for step in range(1, 11)]
     lines += [validation(10, 2.4)]
     (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    trained = {"eagle3_training": {"step": 10, "acceptance_length": 2.4, "chain": CHAIN}}
-    (folder / "draft" / "config.json").write_text(json.dumps(trained))
     save(Settings(), folder / "config.yaml")
     return folder
 
@@ -172,9 +171,9 @@ def test_simulated_stands_beside_the_decoding_that_counts_the_same_rounds(run_di
 
 def test_training_log_prompts_and_recipe_are_optional(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "bare")
-    for name in ("train/metrics.jsonl", "draft/config.json", "config.yaml"):
+    for name in ("train/metrics.jsonl", "config.yaml"):
         (folder / name).unlink()
-    assert write_report(folder)["simulated"] is None
+    write_report(folder)
     assert "Training" not in (folder / "eval" / "report.html").read_text()
 
 
@@ -250,3 +249,30 @@ def test_markdown_keeps_its_tables_whole(run_dir: Path) -> None:
     results = [line.replace("\\|", "") for line in tables if line.startswith(("| 0 ", "| 1 ", "| T "))]
     assert len(results) == 7 and len({line.count("|") for line in results}) == 1
     assert f"eagle3 run {run_dir}/config.yaml run.name=demo-again" in text
+
+
+def imported(run: Path, value: float, **changes: Any) -> Path:
+    """``run`` as the evaluation of an imported head whose card says ``value``."""
+    path = run / "eval" / "eval.json"
+    description = json.loads(path.read_text())
+    drafting = {"method": "chain", "length": CHAIN, "total": None, "top_k": 1, "sampling": "greedy"}
+    figure = {"benchmark": "bench", "value": value, "args": {"temperature": 0.0, "drafting": drafting} | changes}
+    description["settings"]["draft"] = "heads/theirs"
+    description["draft"] |= {"training": None, "imported": {"from": "theirs", "figures": [figure]}}
+    path.write_bytes(encode_json(description))
+    return run
+
+
+def test_an_imported_head_that_accepts_less_than_its_card_says_is_told(tmp_path: Path) -> None:
+    report = write_report(imported(write_run(tmp_path / "low"), 3.9))
+    assert report["simulated"] is None
+    said = [line for line in report["warnings"] if "its card says" in line]
+    assert len(said) == 1
+    assert said[0].startswith("T=0: its card says an acceptance length of 3.90, and here it is 2.")
+    assert "it may be misread (layers, norms fed back, RoPE, the order of features)" in said[0]
+
+
+@pytest.mark.parametrize(("value", "changes"), [(2.4, {}), (3.9, {"temperature": 0.3}), (3.9, {"drafting": {}})])
+def test_figures_that_hold_or_do_not_compare_are_not(value: float, changes: dict[str, Any], tmp_path: Path) -> None:
+    report = write_report(imported(write_run(tmp_path / "run"), value, **changes))
+    assert not [line for line in report["warnings"] if "its card says" in line]

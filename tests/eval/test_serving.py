@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from eagle3.configs.errors import UserError
-from eagle3.eval.serving import Counters, LiveEngine, Served, ask, decode_all, differences
+from eagle3.eval.live import Counters, connect
+from eagle3.eval.serving import Served, ask, decode_all, differences
 from eagle3.models.draft import Eagle3Draft
 from eagle3.models.target import Target
 
@@ -19,15 +20,22 @@ PROMPTS = [[1, 5, 9], [1, 7, 3, 2]]
 MOST, CHAIN = 6, 2
 
 
+def counters(rounds: int, *by_position: int) -> Counters:
+    return Counters.of_positions(rounds, list(by_position))
+
+
 class Stub(ThreadingHTTPServer):
-    """Answers as ``answers`` says, and counts ``after`` once it was asked."""
+    """Speaks as the engine ``kind`` does, answers as ``answers`` says, and has counted ``after`` once it was asked."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.kind = "vllm"
         self.answers: dict[str, list[int]] = {}
-        self.before, self.after = Counters(3, [2, 1]), Counters(3, [2, 1])
+        self.before, self.after = counters(3, 2, 1), counters(3, 2, 1)
         self.asked, self.ids = False, True
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/"
+        self.told: list[dict[str, Any]] = []  # SGLang: of every request; TensorRT-LLM: of every iteration
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -35,7 +43,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            self.reply(json.dumps({"data": [{"id": "mine"}]}))
+            self.reply(json.dumps({"data": [{"id": "mine", "owned_by": self.server.kind}]}))
+        elif self.server.kind == "tensorrt_llm":
+            with self.server.lock:
+                told, self.server.told = self.server.told, []
+            self.reply(json.dumps(told))
         else:
             found = self.server.after if self.server.asked else self.server.before
             lines = [
@@ -51,11 +63,25 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked = True
-        if asked["model"] != "mine" or asked["temperature"] != 0 or asked["max_tokens"] != MOST:
+        if asked != self.expected(asked):
             self.send_error(400, "not as it should ask")
             return
-        ids = self.server.answers[str(asked["prompt"])] if self.server.ids else None
-        self.reply(json.dumps({"choices": [{"text": "", "token_ids": ids}]}))
+        ids = self.server.answers[str(asked.get("prompt") or asked["input_ids"])] if self.server.ids else None
+        if self.server.kind == "sglang":
+            with self.server.lock:
+                self.reply(json.dumps({"text": "", "output_ids": ids, "meta_info": self.server.told.pop()}))
+        else:
+            self.reply(json.dumps({"choices": [{"text": "", "token_ids": ids}]}))
+
+    def expected(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The request as this kind of engine takes it; unknown fields are refused."""
+        if self.path == "/generate":
+            return {
+                "input_ids": asked["input_ids"],
+                "sampling_params": {"temperature": 0, "max_new_tokens": MOST},
+            }
+        flag = {"return_token_ids": True} if self.server.kind == "vllm" else {"detokenize": False}
+        return {"model": "mine", "prompt": asked["prompt"], "max_tokens": MOST, "temperature": 0} | flag
 
     def reply(self, text: str) -> None:
         self.send_response(200)
@@ -83,11 +109,47 @@ def ours(tiny_target: Target, new_draft: Callable[..., Eagle3Draft]) -> Served:
 
 def test_counters_of_a_live_engine_are_what_was_added_while_it_was_asked(stub: Stub) -> None:
     stub.answers = {str(prompt): [number] for number, prompt in enumerate(PROMPTS)}
-    stub.after = Counters(13, [10, 4, 1])
-    served = ask(LiveEngine(stub.url), PROMPTS, MOST)
-    assert served == Served([[0], [1]], Counters(10, [8, 3, 1]))
+    stub.after = counters(13, 10, 4, 1)
+    served = ask(connect(stub.url), PROMPTS, MOST)
+    assert served == Served([[0], [1]], counters(10, 8, 3, 1))
     assert served.counters.acceptance_length == 2.2
     assert str(served.counters) == "acceptance length 2.200 (0.800 0.300 0.100 by position, 10 rounds)"
+
+
+def test_sglang_tells_of_every_request_how_many_rounds_accepted_how_many(stub: Stub) -> None:
+    stub.kind, stub.answers = "sglang", {str(prompt): [number] for number, prompt in enumerate(PROMPTS)}
+    stub.told = [
+        {"spec_verify_ct": 7, "spec_correct_drafts_histogram": [4, 2, 1]},
+        {"spec_verify_ct": 3, "spec_accept_histogram": [1, 2]},  # 0.5.9's name; nothing reached the second position
+    ]
+    served = ask(connect(stub.url), PROMPTS, MOST)
+    assert served == Served([[0], [1]], counters(10, 5, 1))
+
+
+def test_sglang_without_a_head_has_drafted_nothing(stub: Stub) -> None:
+    stub.kind, stub.answers = "sglang", {str(prompt): [1] for prompt in PROMPTS}
+    stub.told = [{"completion_tokens": 1}, {"completion_tokens": 1}]
+    assert ask(connect(stub.url), PROMPTS, MOST).counters.rounds == 0
+
+
+def test_tensorrt_llm_lists_iterations_and_forgets_them(stub: Stub) -> None:
+    stub.kind, stub.answers = "tensorrt_llm", {str(prompt): [number] for number, prompt in enumerate(PROMPTS)}
+    engine = connect(stub.url)
+    stub.told = [{"specDecodingStats": {"numRequestsWithDraftTokens": 9, "numAcceptedTokens": 9, "numDraftTokens": 45}}]
+    engine.counters()  # those of others, before
+    stub.told = [
+        {"iter": 1, "specDecodingStats": {"numRequestsWithDraftTokens": 2, "numAcceptedTokens": 5}},
+        {"iter": 2, "specDecodingStats": None},
+        {"iter": 3, "specDecodingStats": {"numRequestsWithDraftTokens": 1, "numAcceptedTokens": 0}},
+    ]
+    answer = engine.greedy(PROMPTS[0], MOST)
+    assert (answer, engine.counters()) == ([0], Counters(12, 14, []))
+
+
+def test_another_kind_of_server_is_refused(stub: Stub) -> None:
+    stub.kind = "llamacpp"
+    with pytest.raises(UserError, match="it says that it is llamacpp; serve with one of vllm, sglang, tensorrt_llm"):
+        connect(stub.url)
 
 
 def test_our_decoder_counts_in_the_same_way(
@@ -95,31 +157,49 @@ def test_our_decoder_counts_in_the_same_way(
 ) -> None:
     plain = decode_all(tiny_target, None, PROMPTS, CHAIN, MOST)
     assert ours.answers == plain.answers
-    assert plain.counters == Counters(0, [0, 0])
+    assert plain.counters == counters(0, 0, 0)
     # A round emits what it accepts and one token more; the first token of an answer is of no round.
     emitted = sum(len(answer) - 1 for answer in ours.answers)
     assert ours.counters.rounds <= emitted <= ours.counters.rounds + sum(ours.counters.by_position)
 
 
 def test_the_same_is_no_difference(ours: Served, tiny_target: Target) -> None:
-    exact = ours._replace(counters=Counters(1000, [500, 200]))
-    close = ours._replace(counters=Counters(1010, [505, 198]))
+    exact = ours._replace(counters=counters(1000, 500, 200))
+    close = ours._replace(counters=counters(1010, 505, 198))
     assert differences(tiny_target, PROMPTS, exact, close) == []
 
 
 @pytest.mark.parametrize(
-    ("counters", "said"),
+    ("counted", "said"),
     [
-        (Counters(1000, [506, 200]), ["position 1: it accepted 506 drafted tokens, and our decoder 500"]),
-        (Counters(1000, [500, 197]), ["position 2: it accepted 197 drafted tokens, and our decoder 200"]),
-        (Counters(1011, [500, 200]), ["it took 1,011 rounds, and our decoder 1,000"]),
-        (Counters(0, []), ["it has drafted nothing: it was started without the head, or counts under other names"]),
-        (Counters(1000, [500, 200, 50]), ["it drafts 3 tokens a round, and 2 were compared"]),
+        (counters(1000, 506, 200), ["position 1: it accepted 506 drafted tokens, and our decoder 500"]),
+        (counters(1000, 500, 197), ["position 2: it accepted 197 drafted tokens, and our decoder 200"]),
+        (counters(1011, 500, 200), ["it took 1,011 rounds, and our decoder 1,000"]),
+        (counters(0), ["it has drafted nothing: it was started without the head, or counts under other names"]),
+        (counters(1000, 500, 200, 50), ["it drafts 3 tokens a round, and 2 were compared"]),
     ],
 )
-def test_other_counts_are_told(ours: Served, tiny_target: Target, counters: Counters, said: list[str]) -> None:
-    exact = ours._replace(counters=Counters(1000, [500, 200]))
-    assert differences(tiny_target, PROMPTS, exact, exact._replace(counters=counters)) == said
+def test_other_counts_are_told(ours: Served, tiny_target: Target, counted: Counters, said: list[str]) -> None:
+    exact = ours._replace(counters=counters(1000, 500, 200))
+    assert differences(tiny_target, PROMPTS, exact, exact._replace(counters=counted)) == said
+
+
+def test_an_engine_without_figures_by_position_is_compared_in_all(ours: Served, tiny_target: Target) -> None:
+    exact = ours._replace(counters=counters(1000, 500, 200))
+    assert differences(tiny_target, PROMPTS, exact, exact._replace(counters=Counters(1000, 704, []))) == []
+    found = differences(tiny_target, PROMPTS, exact, exact._replace(counters=Counters(1000, 650, [])))
+    assert found == ["in all: it accepted 650 drafted tokens, and our decoder 700"]
+
+
+def test_a_position_that_an_engine_never_reached_counts_as_nothing(ours: Served, tiny_target: Target) -> None:
+    exact = ours._replace(counters=counters(1000, 500, 200))
+    found = differences(tiny_target, PROMPTS, exact, exact._replace(counters=counters(1000, 500)))
+    assert found == ["position 2: it accepted 0 drafted tokens, and our decoder 200"]
+
+
+def test_an_end_token_may_be_left_out(ours: Served, tiny_target: Target) -> None:
+    ended = ours._replace(answers=[[*ours.answers[0], tiny_target.info.eos_ids[0]], ours.answers[1]])
+    assert differences(tiny_target, PROMPTS, ended, ours._replace(counters=ended.counters)) == []
 
 
 def test_another_token_is_told_with_its_place(ours: Served, tiny_target: Target) -> None:
@@ -135,13 +215,13 @@ def test_an_engine_that_cannot_be_asked(stub: Stub) -> None:
     with pytest.raises(
         UserError, match="--against = ftp://x: it is no address; give the engine's, as http://127.0.0.1"
     ):
-        LiveEngine("ftp://x")
+        connect("ftp://x")
     with pytest.raises(UserError, match=r"it refuses \(400: .*\); see its log"):
-        ask(LiveEngine(stub.url), PROMPTS, MOST + 1)
+        ask(connect(stub.url), PROMPTS, MOST + 1)
     stub.ids = False
-    with pytest.raises(UserError, match="it returns no token ids; serve with vLLM 0.32 or later"):
-        ask(LiveEngine(stub.url), PROMPTS, MOST)
+    with pytest.raises(UserError, match="it returns no token ids; serve with a newer version"):
+        ask(connect(stub.url), PROMPTS, MOST)
     stub.shutdown()
     stub.server_close()
     with pytest.raises(UserError, match="it does not answer .*; start the engine first, as the head's README.md says"):
-        LiveEngine(stub.url).model()
+        connect(stub.url)

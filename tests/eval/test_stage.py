@@ -184,7 +184,7 @@ def test_eval_json_says_how(evaluated: tuple[Path, list[bool]], settings: Settin
     assert found["schema"] == 1 and found["batch"] == 1 and found["seed"] == settings.run.seed
     assert found["benchmark"] == "tiny" and found["engine"].startswith("transformers ")
     assert found["settings"] == {
-        "chain": CHAIN, "temperatures": [0.0, 1.0], "prompts": TESTS, "max_new_tokens": LIMIT, "sampling": "sampled",
+        "draft": None, "chain": CHAIN, "temperatures": [0.0, 1.0], "prompts": TESTS, "max_new_tokens": LIMIT, "sampling": "sampled",
         "dtype": "float32",
     }  # fmt: skip
     assert found["target"]["layers"] == list(tiny_target.info.layers) == found["draft"]["target_layers"]

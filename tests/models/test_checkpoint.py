@@ -214,10 +214,9 @@ CONFIGURATIONS: list[tuple[str, object, str]] = [
             ("attention_bias", True, False),
             ("mlp_bias", True, False),
             ("tie_word_embeddings", True, False),
-            ("norm_before_residual", True, False),
         )
     ],
-    ("norm_before_residual", ABSENT, f"norm_before_residual is None, and only False is supported; {HEAD}"),
+    ("norm_before_residual", ABSENT, f"norm_before_residual is None, and it must be a bool; {HEAD}"),
     *[
         (key, value, f"{key} is {shown}, and it must be {wanted}; {HEAD}")
         for key, value, shown, wanted in (

@@ -97,6 +97,13 @@ def test_fc_norm_and_norm_output_are_what_eagle_3_1_says() -> None:
     assert random_draft().feedback(y) is y
 
 
+def test_the_residual_is_normed_where_the_head_says_so() -> None:
+    draft, plain = random_draft(norm_before_residual=True), random_draft()
+    plain.load_state_dict(draft.state_dict())
+    h, attended = torch.randn(5, 12, dtype=torch.float64), torch.randn(5, 4, 6, dtype=torch.float64)
+    assert torch.equal(draft.finish(h, attended), plain.finish(draft.midlayer.hidden_norm(h), attended))
+
+
 def test_rotation_pairs_halves() -> None:
     """Pair i is (x[i], x[i + 3]), turned by position * theta ** (-i / 3)."""
     draft, position = random_draft(), 7

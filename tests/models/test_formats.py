@@ -11,11 +11,12 @@ import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.models.draft import DraftConfig, Eagle3Draft
-from eagle3.models.formats import FORMATS, Files, Origin, check, read_files, write
+from eagle3.models.engines import Files, read_files
+from eagle3.models.formats import FORMATS, Origin, check, write
 from torch import Tensor
 
 CONFIG = DraftConfig(
-    hidden_size=12,
+    hidden_size=24,
     intermediate_size=20,
     num_heads=4,
     num_kv_heads=2,
@@ -54,24 +55,47 @@ def test_every_format_says_what_was_trained(name: str, changes: dict[str, Any]) 
     assert check(name, written(name, draft), draft, ORIGIN) == []
 
 
-@pytest.mark.parametrize("name", ["hf", "vllm", "speculators"])
-@pytest.mark.parametrize("changes", [{"fc_norm": True}, {"norm_output": True}])
-def test_flags_of_eagle_3_1_are_said(name: str, changes: dict[str, Any]) -> None:
-    draft = random_draft(**changes)
+@pytest.mark.parametrize("name", ["hf", "vllm", "sglang", "trtllm", "speculators"])
+@pytest.mark.parametrize("flag", ["fc_norm", "norm_output"])
+def test_flags_of_eagle_3_1_are_said(name: str, flag: str) -> None:
+    draft = random_draft(**{flag: True})
     files = written(name, draft)
     assert check(name, files, draft, ORIGIN) == []
-    assert check(name, files, random_draft(), ORIGIN)
+    assert any(f"it reads {flag} as True" in fault for fault in check(name, files, random_draft(), ORIGIN))
 
 
-@pytest.mark.parametrize("name", ["sglang", "trtllm", "eagle"])
-def test_engines_without_the_flags_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="is not known to run EAGLE-3.1's flags, .*; choose hf, vllm or speculators"):
-        written(name, random_draft(fc_norm=True))
+@pytest.mark.parametrize("name", ["hf", "vllm", "speculators"])
+def test_a_normed_residual_is_said(name: str) -> None:
+    draft = random_draft(norm_before_residual=True)
+    assert check(name, written(name, draft), draft, ORIGIN) == []
 
 
-def test_an_engine_of_fixed_layers_is_refused_others() -> None:
-    with pytest.raises(UserError, match=r"it always captures layers \[1, 23, 44\]; .* trained on \[2, 23, 44\]"):
-        written("eagle", random_draft(target_layers=(2, 23, 44)))
+@pytest.mark.parametrize(
+    ("name", "flag", "others"),
+    [
+        ("sglang", "norm_before_residual", "hf, vllm, speculators"),
+        ("trtllm", "norm_before_residual", "hf, vllm, speculators"),
+        ("eagle", "fc_norm", "hf, vllm, sglang, trtllm, speculators"),
+    ],
+)
+def test_engines_without_a_flag_are_refused(name: str, flag: str, others: str) -> None:
+    with pytest.raises(UserError, match=f"is not known to run {flag}, .*; choose one of {others}$"):
+        written(name, random_draft(**{flag: True}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"target_layers": (2, 23, 44)},
+            r"it will capture the outputs of layers \[1, 23, 44\], .* trained on \[2, 23, 44\]; ",
+        ),
+        ({"head_dim": 8}, "it reads head_dim as 6, and the head was trained with 8; choose another format"),
+    ],
+)
+def test_an_engine_that_goes_its_own_way_is_refused_other_heads(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"--format = eagle: SafeAILab EAGLE cannot run this head: {said}"):
+        written("eagle", random_draft(**changes))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +165,8 @@ def with_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Pl
 
 
 UNKNOWN = torch.zeros(2)
+UNINITIALISED = "which it leaves uninitialised"
+FATE = {"trtllm": "in whose place it takes the target's"}
 PITFALLS: list[tuple[str, Plant, str]] = [
     (
         "vllm",
@@ -168,7 +194,7 @@ PITFALLS: list[tuple[str, Plant, str]] = [
         for fault in (
             (name, absolute_ids, "d2t holds target ids, and it adds the draft id to each: write target id - draft id"),
             (name, without_tensor("d2t"), "there is no d2t, so it takes draft ids for target ids"),
-            (name, without_tensor("lm_head.weight"), "there is no lm_head.weight, which it leaves uninitialised"),
+            (name, without_tensor("lm_head.weight"), f"there is no lm_head.weight, {FATE.get(name, UNINITIALISED)}"),
             (
                 name,
                 without_key("rope_theta", "rope_parameters"),
@@ -184,7 +210,7 @@ PITFALLS: list[tuple[str, Plant, str]] = [
             (
                 name,
                 with_tensor("norm.weight", lambda tensor: tensor[:4].clone()),
-                "norm.weight has shape [4], and the head's is [12]",
+                "norm.weight has shape [4], and the head's is [24]",
             ),
             (
                 name,
@@ -201,6 +227,8 @@ PITFALLS: list[tuple[str, Plant, str]] = [
         without_key("norm_before_residual"),
         "it reads norm_before_residual, which the file does not say, as",
     ),
+    ("sglang", without_key("draft_vocab_size"), "there is no draft_vocab_size, without which it does not start"),
+    ("vllm", with_key("norm_before_fc", True), "it reads norm_before_fc as True, and only False is known here"),
     ("vllm", with_key("norm_output", True), "it reads norm_output as True, and the head was trained with False"),
     ("vllm", with_key("head_dim", 3), "it reads head_dim as 3, and the head was trained with 6"),
     (
@@ -212,7 +240,7 @@ PITFALLS: list[tuple[str, Plant, str]] = [
     (
         "vllm",
         with_key("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}),
-        "it reads a RoPE of type linear, and the head was trained with the plain one",
+        "it reads a RoPE of type linear, and a head has the plain one",
     ),
     ("speculators", lambda files: _back(files), "there is no layers.0.mlp.down_proj.weight, which it leaves"),
 ]
@@ -290,7 +318,7 @@ def oracle(files: Files, features: Tensor, embedded: Tensor, steps: int) -> list
 
 def test_a_reader_made_from_the_description_computes_our_logits() -> None:
     draft, steps, rows = random_draft().double(), 3, 7
-    features, embedded = torch.randn(rows, 3, 12).double(), torch.randn(rows + steps - 1, 12).double()
+    features, embedded = torch.randn(rows, 3, 24).double(), torch.randn(rows + steps - 1, 24).double()
     theirs = oracle(write("eagle", draft, torch.float64, ORIGIN, ""), features, embedded, steps)
     cache, positions = draft.new_cache(1, 32), torch.arange(32)[None]
     with torch.no_grad():

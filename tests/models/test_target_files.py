@@ -10,7 +10,7 @@ import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
 from eagle3.models.target import Target, load_target
-from eagle3.models.target_files import layers_of, load_ends
+from eagle3.models.target_files import TargetFiles, layers_of, load_ends
 from eagle3.models.target_info import find_decoder
 from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -67,7 +67,11 @@ def test_of_a_multimodal_checkpoint(prefix: str, tiny_target: Target, tiny_folde
         for name, w in weights.items()
     }
     save_file(renamed | {"vision_model.layernorm_post.weight": torch.ones(3)}, tmp_path / "model.safetensors")
-    ends = load_ends(TargetSettings(path=str(tmp_path)))
+    settings = TargetSettings(path=str(tmp_path))
+    ends, files = load_ends(settings), TargetFiles(settings)
+    assert torch.equal(files.embedding, ends.head.embedding)
+    assert torch.equal(files.lm_head, ends.head.lm_head)
+    assert (files.num_layers, files.hidden_size, files.vocab_size) == (8, 32, ends.info.vocab_size)
     assert ends.info.num_layers == tiny_target.info.num_layers
     assert torch.equal(ends.head.norm_weight, tiny_target.head.norm_weight)
     assert torch.equal(ends.head.embedding, tiny_target.head.embedding)

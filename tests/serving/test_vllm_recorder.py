@@ -96,11 +96,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
 
 
 @pytest.fixture(scope="module")
-def target() -> Target:
-    return load_target(TargetSettings())
-
-
-@pytest.fixture(scope="module")
 def conversations(target: Target) -> list[tuple[np.ndarray, int]]:
     """Token ids of questions with their greedy answers, and where the answer begins; the longest cross chunks of 256."""
     functions = [entry for module in (textwrap, shutil) for _, entry in sorted(inspect.getmembers(module, callable))]

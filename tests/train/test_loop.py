@@ -16,8 +16,10 @@ import pytest
 import torch
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.settings import Settings
+from eagle3.data.files import file_sha256
 from eagle3.data.store import Store
-from eagle3.models.checkpoint import load_draft
+from eagle3.models.checkpoint import load_draft, save_draft
+from eagle3.models.draft import Eagle3Draft
 from eagle3.train import checkpoint, loop
 from eagle3.train.validate import Tally, validation_parts
 
@@ -236,3 +238,61 @@ def test_validation_does_not_depend_on_how_it_is_shared(short: Settings, trained
     assert found[0].accuracy == found[1].accuracy
     assert found[0].acceptance_length == found[1].acceptance_length
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def shifted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head as the trained one, over another vocabulary, as if another trainer had chosen it."""
+    draft, folder = load_draft(trained / "draft"), tmp_path_factory.mktemp("theirs") / "head"
+    others = [token for token in range(draft.config.vocab_size) if token not in set(draft.draft_ids.tolist())]
+    ids = torch.tensor(sorted([*draft.draft_ids.tolist()[:-1], others[-1]]))
+    theirs = Eagle3Draft(draft.config, ids)
+    kept = {name: tensor for name, tensor in draft.state_dict().items() if name not in ("d2t", "t2d")}
+    theirs.load_state_dict(theirs.state_dict() | kept)
+    save_draft(theirs, folder, torch.float32)
+    return folder
+
+
+def test_a_warm_start_begins_where_the_head_is_and_keeps_its_vocabulary(
+    short: Settings, trained: Path, shifted: Path, run_dir: Path
+) -> None:
+    settings = replace(short, train=replace(short.train, warm_start=str(shifted), epochs=1))
+    loop.train(settings, run_dir)
+    lines = lines_of(run_dir)
+    cold, warm = lines_of(trained)[0]["validation"], lines[0]["validation"]
+    assert warm["loss"] < 0.9 * cold["loss"]
+    assert torch.equal(load_draft(run_dir / "draft").draft_ids, load_draft(shifted).draft_ids)
+    noted = json.loads((run_dir / "draft" / "config.json").read_text())["eagle3_training"]
+    assert noted["warm_start"] == file_sha256(shifted / "model.safetensors")
+    loop.train(settings, run_dir)  # done, and still the same
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("draft", {"vocab_size": 32}, "it has another shape than the recipe says; set draft.vocab_size=64$"),
+        (
+            "draft",
+            {"intermediate_size": 40, "norm_output": True},
+            "; set draft.intermediate_size=48 draft.norm_output=False$",
+        ),
+    ],
+)
+def test_a_warm_start_of_another_shape_is_refused(
+    section: str, changes: dict, said: str, short: Settings, shifted: Path, run_dir: Path
+) -> None:
+    started = replace(short, train=replace(short.train, warm_start=str(shifted)))
+    with pytest.raises(UserError, match=f"train.warm_start = .*{said}"):
+        loop.train(replace(started, **{section: replace(getattr(started, section), **changes)}), run_dir)
+
+
+def test_a_warm_start_from_other_layers_or_from_nowhere_is_refused(
+    short: Settings, shifted: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    draft = load_draft(shifted)
+    other = Eagle3Draft(replace(draft.config, target_layers=(0, 3, 4)), draft.draft_ids)
+    save_draft(other, tmp_path / "other", torch.float32)
+    for path, said in (("other", r"its target_layers is \(0, 3, 4\), and the store's \(1, 3, 4\); "), ("none", "")):
+        settings = replace(short, train=replace(short.train, warm_start=str(tmp_path / path)))
+        with pytest.raises(UserError, match=said or "draft = .*none/config.json: there is no such file"):
+            loop.train(settings, run_dir)

@@ -1,0 +1,120 @@
+"""One pass with bounded memory chooses what sorting everything would."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+from eagle3.configs.errors import UserError
+from eagle3.data.choice import NOT_NEEDED, REPEATED, Choice, deal, order
+from eagle3.data.conversations import SPLITS, Conversation, Found
+
+ASKED = {"train": 40, "validation": 3, "test": 5}
+BORING = "boring"
+
+
+def make(number: int, split: str, source: str, text: str = "") -> Conversation:
+    return Conversation(f"id {number}", source, split, [{"role": "user", "content": text or f"Question {number}?"}])
+
+
+def refusal(conversation: Conversation) -> str | None:
+    return BORING if order(conversation) % 5 == 0 else None
+
+
+def choose(conversations: list[Conversation], asked: dict[str, int] = ASKED) -> tuple[list[Conversation], Counter[str]]:
+    notes: Counter[str] = Counter()
+    choice = Choice(asked, refusal, notes)
+    for conversation in conversations:
+        choice.offer(Found(conversation, f"row {conversation.id}"))
+    return choice.chosen(), +notes
+
+
+def plainly(conversations: list[Conversation], asked: dict[str, int] = ASKED) -> list[Conversation]:
+    """The same, from a list of everything."""
+    chosen: list[Conversation] = []
+    for split in SPLITS:
+        found = [c for c in conversations if c.split == split and refusal(c) is None]
+        chosen += sorted(itertools.islice(deal(found), asked[split]), key=order)
+    return chosen
+
+
+@pytest.mark.parametrize("sources", [1, 3, 30, 1000])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_chooses_what_sorting_everything_would(sources: int, seed: int) -> None:
+    draw = random.Random(seed)
+    found = [
+        make(
+            number,
+            draw.choices(SPLITS, (8, 1, 1))[0],
+            f"source {min(draw.randrange(sources), draw.randrange(sources))}",
+        )
+        for number in range(1500)
+    ]
+    chosen, notes = choose(found)
+    assert chosen == plainly(found)
+    assert Counter(c.split for c in chosen) == ASKED
+    assert set(notes) == {BORING, NOT_NEEDED}
+    assert notes.total() + len(chosen) == len(found)
+    draw.shuffle(found)
+    assert choose(found)[0] == chosen
+
+
+def test_no_more_is_held_or_looked_at_than_is_needed() -> None:
+    looked_at: list[str] = []
+    notes: Counter[str] = Counter()
+    choice = Choice({"train": 100, "validation": 0, "test": 0}, lambda c: looked_at.append(c.id), notes)
+    for number in range(20_000):
+        choice.offer(Found(make(number, "train", f"source {number}"), ""))
+        assert len(choice._where) <= 200
+    assert len(choice.chosen()) == 100
+    assert len(looked_at) < 4_000
+    assert notes == {NOT_NEEDED: 19_900}
+
+
+def test_of_repeated_messages_the_held_out_copy_stays() -> None:
+    names = ("train", "test", "validation", "test")
+    copies = [make(number, split, "s", "Same?") for number, split in enumerate(names)]
+    expected = min((c for c in copies if c.split == "test"), key=order)
+    notes: Counter[str] = Counter()
+    for copies_in_order in itertools.permutations(copies):
+        notes.clear()
+        choice = Choice(ASKED, lambda conversation: None, notes)
+        for copy in copies_in_order:
+            choice.offer(Found(copy, ""))
+        assert choice.chosen() == [expected]
+        assert +notes == {REPEATED: 3}
+
+
+def test_a_training_copy_that_is_thrown_out_is_replaced() -> None:
+    notes: Counter[str] = Counter()
+    choice = Choice(ASKED, lambda conversation: None, notes)
+    train = [make(number, "train", "s") for number in range(500)]
+    for conversation in train:
+        choice.offer(Found(conversation, ""))
+    copied = min(train, key=order)
+    choice.offer(Found(make(1000, "test", "s", copied.messages[0]["content"]), ""))
+    chosen = choice.chosen()
+    assert Counter(c.split for c in chosen) == {"train": 40, "test": 1}
+    assert chosen[:40] == sorted(train, key=order)[1:41]
+
+
+def test_follow_ups_make_a_conversation_another_one() -> None:
+    chosen, notes = choose([make(n, "train", "s", "Same?")._replace(follow_ups=(f"{n}?",)) for n in (1, 2, 3)])
+    assert len(chosen) + notes[BORING] == 3 and REPEATED not in notes
+
+
+def test_an_id_that_is_anothers() -> None:
+    choice = Choice(ASKED, lambda conversation: None, Counter())
+    choice.offer(Found(make(1, "train", "s", "One?"), "mine.jsonl, line 1"))
+    with pytest.raises(
+        UserError, match='prepare.prompts = mine.jsonl, line 3: its id "id 1" is that of mine.jsonl, line 1'
+    ):
+        choice.offer(Found(make(1, "test", "s", "Two?"), "mine.jsonl, line 3"))
+
+
+def test_deal_ends_when_all_are_dealt() -> None:
+    hands = [Conversation(f"{source}{i}", source, "train", []) for source in "ab" for i in range(3)]
+    assert sorted(c.id for c in deal(hands)) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert [c.source for c in deal(hands)] == ["a", "b"] * 3
