@@ -368,11 +368,6 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
         pass
 
 
-def test_no_address(changed: Callable[..., Settings], ends: TargetEnds) -> None:
-    with pytest.raises(UserError, match="record.endpoints = localhost:8000: it is no address"):
-        VllmRecorder(changed("record", endpoints=("localhost:8000",)), ends)
-
-
 def test_the_command_is_that_of_mavericks_recipe() -> None:
     settings = load("maverick", ["record.server_gpus=8", "target.revision=main"])
     command = launch_command(settings, (1, 23, 44), 48)
