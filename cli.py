@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .eval import export, imports, report
     from .eval import stage as evaluation
     from .models import target as targets
+    from .models import target_files
     from .train import loop
 else:
     inspection = Lazy("eagle3.data.inspection")
@@ -38,6 +39,7 @@ else:
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
     record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
+    target_files = Lazy("eagle3.models.target_files")
 
 
 class Run:
@@ -60,6 +62,11 @@ class Run:
     def answering(self) -> targets.Target | targets.TargetText:
         """The target, or its text alone where servers answer in its place."""
         return self.text if self.settings.regenerate.endpoints else self.target
+
+    @property
+    def recording(self) -> targets.Target | target_files.TargetEnds:
+        """The target, or its ends alone where servers record in its place."""
+        return target_files.load_ends(self.settings.target) if self.settings.record.endpoints else self.target
 
 
 class Stage(NamedTuple):
@@ -91,7 +98,7 @@ STAGES = {
     "record": Stage(
         "record the target's hidden states",
         lambda run: record.recorded(run.settings, run.folder),
-        lambda run: record.record(run.settings, run.folder, run.target),
+        lambda run: record.record(run.settings, run.folder, run.recording),
         ("run", "target", "record"),
     ),
     "train": Stage(

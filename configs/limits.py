@@ -62,6 +62,9 @@ LIMITS = {
     "regenerate.allowed_failures": SHARE,
     "record.batch_tokens": _least(1),
     "record.shard_tokens": _least(1),
+    "record.server_gpus": _least(1),
+    "record.in_flight": _least(1),
+    "record.patience_s": POSITIVE,
     "draft.vocab_size": _least(1),
     "draft.intermediate_size": _least(1),
     "draft.num_heads": _least(1),
@@ -103,7 +106,8 @@ def check(settings: Settings) -> None:
             _check_limit(name, value, LIMITS[name])
     _check_name(settings.run.name)
     _check_layers(settings.target.layers)
-    _check_endpoints(settings.regenerate.endpoints)
+    for section in ("regenerate", "record"):
+        _check_endpoints(f"{section}.endpoints", values[f"{section}.endpoints"])
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
     _check_heads(settings.draft.num_heads, settings.draft.num_kv_heads, settings.draft.head_dim)
@@ -129,13 +133,13 @@ def _check_layers(layers: tuple[int, ...] | None) -> None:
         raise UserError("target.layers", _listed(layers), "layers are named once each, ascending", remedy)
 
 
-def _check_endpoints(endpoints: tuple[str, ...]) -> None:
+def _check_endpoints(name: str, endpoints: tuple[str, ...]) -> None:
     for url in endpoints:
         if not ADDRESS.fullmatch(url):
             remedy = "give addresses, such as http://127.0.0.1:8000"
-            raise UserError("regenerate.endpoints", _listed(endpoints), f'"{url}" is no address of a server', remedy)
+            raise UserError(name, _listed(endpoints), f'"{url}" is no address of a server', remedy)
         if endpoints.count(url) > 1:
-            raise UserError("regenerate.endpoints", _listed(endpoints), f"{url} stands twice", "give each once")
+            raise UserError(name, _listed(endpoints), f"{url} stands twice", "give each once")
 
 
 def _check_heads(heads: int | None, kv_heads: int | None, width: int | None) -> None:

@@ -108,6 +108,17 @@ class RecordSettings:
     """Storage of the features: bfloat16, float32, or float8_e4m3fn (FP8, with a scale per token and layer)."""
     last_hidden_dtype: str = "bfloat16"
     """Storage of the last hidden states, from which the teacher's logits are computed: as for the features."""
+    endpoints: tuple[str, ...] = ()
+    """vLLM servers that record, as http://127.0.0.1:8000; none: the target runs in this process."""
+    server_gpus: int = 1
+    """GPUs over which one server splits the target."""
+    in_flight: int = 16
+    """Sequences that one server has at a time."""
+    states_folder: str = "/dev/shm/eagle3-states"
+    """Folder through which servers hand over hidden states: in memory where they run beside the recorder, else on a
+    file system that they share."""
+    patience_s: float = 600.0
+    """Seconds for which a sequence is tried again while servers fail or restart."""
 
 
 @dataclass(frozen=True)

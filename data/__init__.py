@@ -20,6 +20,7 @@ module             what it does
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
 ``planning``       which samples share a recording batch and a shard
 ``recorders``      what computes the states: an interface, and the target through transformers
+``vllm_recorder``  the states from ``vllm_server`` s; ``vllm_launch`` prints how to start them
 ``checks``         whether recorded states can be the target's
 ``quantise``       states in FP8 with scales
 ``shards``         one shard: written, published, mapped

@@ -11,6 +11,7 @@ import torch
 
 from ..configs.errors import Incomplete
 from ..models.target import Target
+from ..models.target_files import TargetEnds
 from .answers import Answer
 from .chat import Sequence as Ids
 from .recorders import States
@@ -22,7 +23,7 @@ TIE = {"float32": 1e-3, "bfloat16": 0.5}
 DISAGREEING_SHARE, DISAGREEING_TOKENS = 0.02, 2
 
 
-def check_states(answer: Answer, ids: Ids, states: States, target: Target) -> int:
+def check_states(answer: Answer, ids: Ids, states: States, target: Target | TargetEnds) -> int:
     """Compare the states of one conversation with what they must be.
 
     Returns:

@@ -25,6 +25,7 @@ from ..configs.errors import Incomplete, UserError
 from ..configs.settings import RecordSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetHead
+from ..models.target_files import TargetEnds
 from . import store
 from .answers import ANSWERS, Answer, read_finished
 from .chat import sequence, tokenizer_hash
@@ -39,19 +40,20 @@ from .regenerate import answered_by
 from .shards import Kept, Shard, ShardEntry, read_entry, shard_path, write_shard
 from .stage import Json, Stage
 from .store import Manifest
+from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
 
 POLL = 0.2  # seconds between looks for the shards of other ranks
 
 
-def record(settings: Settings, run_dir: Path, target: Target, recorder: Recorder | None = None) -> None:
+def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recorder: Recorder | None = None) -> None:
     """Write ``store/``; shards that are there are kept.
 
     Args:
         settings: the recipe.
         run_dir: the run's folder.
         target: whose states they are; of it only ``info``, ``head`` and ``tokenizer`` are used here.
-        recorder: what computes them; the target itself where there is none.
+        recorder: what computes them; by default the target itself, or servers where only its ends are here.
 
     Raises:
         UserError: there are no answers, they are another target's, the store was begun with other settings, or it
@@ -69,10 +71,15 @@ def record(settings: Settings, run_dir: Path, target: Target, recorder: Recorder
         ranks = PartialState(cpu=not torch.cuda.is_available())
         with exclusive(stage.folder / f".record-{ranks.process_index}.lock"):
             shards = plan([len(answer.ids) for answer in answers], settings.record)
-            recording = Recording(stage, settings.record, target, answers, recorder or TransformersRecorder(target))
+            recording = Recording(stage, settings.record, target, answers, recorder or _recorder(settings, target))
             recording.run(shards, stop)
             if ranks.is_main_process:
                 store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, shards))
+
+
+def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
+    """The target itself where all of it is here, else the servers that have it."""
+    return TransformersRecorder(target) if isinstance(target, Target) else VllmRecorder(settings, target)
 
 
 def recorded(settings: Settings, run_dir: Path) -> bool:
@@ -87,7 +94,12 @@ class Recording:
     """
 
     def __init__(
-        self, stage: Stage, settings: RecordSettings, target: Target, answers: list[Answer], recorder: Recorder
+        self,
+        stage: Stage,
+        settings: RecordSettings,
+        target: Target | TargetEnds,
+        answers: list[Answer],
+        recorder: Recorder,
     ) -> None:
         self.folder, self.name = stage.folder, file_sha256(stage.path)
         self.settings, self.target, self.answers, self.recorder = settings, target, answers, recorder
@@ -166,7 +178,7 @@ def _whole(stage: Stage) -> bool:
 
 
 def _manifest(
-    settings: Settings, stage: Stage, target: Target, answers: list[Answer], shards: list[list[Batch]]
+    settings: Settings, stage: Stage, target: Target | TargetEnds, answers: list[Answer], shards: list[list[Batch]]
 ) -> Manifest:
     """Write what stands beside the shards, and describe all of it."""
     folder, name = stage.folder, file_sha256(stage.path)
@@ -236,7 +248,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return {name: write_listed(folder / name, content) for name, content in files.items()}
 
 
-def _stage(settings: Settings, run_dir: Path, target: Target | None) -> Stage:
+def _stage(settings: Settings, run_dir: Path, target: Target | TargetEnds | None) -> Stage:
     """The stage with its inputs; without a target, with those that can be told without it."""
     answers = run_dir / "conversations" / ANSWERS
     if not answers.exists():

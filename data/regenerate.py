@@ -25,6 +25,7 @@ from ..configs.errors import Incomplete, UserError
 from ..configs.settings import RegenerateSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetText
+from ..models.target_files import TargetEnds
 from .answers import ANSWERS, FAILED, SUMMARY, Answer, Failure, each_answer
 from .chat import PLACEHOLDER, continuation, prompt_ids, tokenizer_hash
 from .conversations import Conversation, read_conversations
@@ -82,7 +83,7 @@ def regenerated(settings: Settings, run_dir: Path) -> bool:
     return _whole(Stage("regenerate", run_dir, folder, _inputs(settings, folder, None)), settings)
 
 
-def answered_by(target: Target, run_dir: Path) -> None:
+def answered_by(target: Target | TargetEnds, run_dir: Path) -> None:
     """Refuse answers that this run got from another target; of answers that came from elsewhere nothing is known.
 
     Which weights a server has is its own affair: there the recorder finds out, which compares greedy answers with the

@@ -161,6 +161,43 @@ def location(path: str) -> str:
     return str(EMBEDDED) if path == "embedded" else path
 
 
+@contextmanager
+def opened(settings: TargetSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where the target's files are, as :func:`located`, and inside it one line for what cannot be read there.
+
+    Raises:
+        UserError: its numerics are unknown, there is no such folder, or as :func:`refusing`.
+    """
+    if settings.dtype not in DTYPES:
+        raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    path, where = located(settings)
+    is_path = Path(path).is_absolute() or path.startswith(".")
+    if is_path and not (Path(path) / "config.json").is_file():
+        raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")
+    with refusing(settings):
+        yield path, where
+
+
+def located(settings: TargetSettings) -> tuple[str, dict[str, Any]]:
+    """The folder or hub name of the target's files, and the revision as transformers' readers take it."""
+    path = location(settings.path)
+    return path, {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
+
+
+@contextmanager
+def refusing(settings: TargetSettings) -> Iterator[None]:
+    """Tell in one line what transformers raises for missing files, refused downloads and unknown types."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        problem = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            "target.path", settings.path, problem, "check the name, or the connection to the hub"
+        ) from error
+
+
 def load_target(settings: TargetSettings) -> Target:
     """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
 
@@ -168,15 +205,10 @@ def load_target(settings: TargetSettings) -> Target:
         UserError: no such folder, a hub that cannot be reached, files that are no causal language model, or a setting
             that does not suit it.
     """
-    if settings.dtype not in DTYPES:
-        raise UserError("target.dtype", settings.dtype, "not supported", f"choose one of {', '.join(DTYPES)}")
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-    path, where = _find(settings)
     placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    with _refusing(settings):
+    with opened(settings) as (path, where):
         config = AutoConfig.from_pretrained(path, **where)
-        checksum = _weights_sha256(path, where)
+        checksum = weights_sha256(path, where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=DTYPES[settings.dtype], **placement, **where
@@ -193,8 +225,7 @@ def load_text(settings: TargetSettings) -> TargetText:
     Raises:
         UserError: no such folder, a hub that cannot be reached, or files that are no causal language model.
     """
-    path, where = _find(settings)
-    with _refusing(settings):
+    with opened(settings) as (path, where):
         whole = AutoConfig.from_pretrained(path, **where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         try:
@@ -205,28 +236,7 @@ def load_text(settings: TargetSettings) -> TargetText:
     return TargetText(tokenizer, end_ids(generation, config, tokenizer), config.max_position_embeddings)
 
 
-def _find(settings: TargetSettings) -> tuple[str, dict[str, Any]]:
-    """Where the target's files are, and at which revision."""
-    path = location(settings.path)
-    is_path = Path(path).is_absolute() or path.startswith(".")
-    if is_path and not (Path(path) / "config.json").is_file():
-        raise UserError("target.path", settings.path, f"no config.json in {path}", "give a model's folder or hub name")
-    return path, {"revision": settings.revision} if settings.revision and not Path(path).is_dir() else {}
-
-
-@contextmanager
-def _refusing(settings: TargetSettings) -> Iterator[None]:
-    """Tell in one line what transformers raises for missing files, refused downloads and unknown types."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        problem = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            "target.path", settings.path, problem, "check the name, or the connection to the hub"
-        ) from error
-
-
-def _weights_sha256(path: str, where: dict[str, Any]) -> str:
+def weights_sha256(path: str, where: dict[str, Any]) -> str:
     """The checksum of model.safetensors; of several shards, that of the lines ``<checksum> <name>`` by name."""
     single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
     if single is not None:

@@ -1,9 +1,15 @@
-"""What a target's files say, without loading the model: its shape, and single weights.
+"""What a target's files say without its layers: its shape, its tokenizer, and its two ends.
 
     files = TargetFiles(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct"))
-    files.num_layers, files.weight("norm.weight")
+    files.num_layers, files.lm_head     # [V, H]; nothing else is read
+    ends = load_ends(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct", dtype="bfloat16"))
+    ends.logits(ends.norm(states))      # [..., H] as layer N-1 leaves them -> [..., V]
 
-The multimodal layout is read too: its language model is under ``text_config``, its weights behind a longer name.
+Who imports a head, or records with an engine that serves the target, needs no more, and no room for its 400 B
+parameters. The multimodal layout is read too: its language model is under ``text_config``, its weights behind a longer
+name.
+
+Shapes: H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,35 +19,43 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor
-from transformers import AutoConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
-from .target import location
+from .target import DTYPES, located, opened, refusing, weights_sha256
+from .target_info import TargetHead, TargetInfo, captured_layers, describe, find_decoder
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ENDINGS = {"embedding": "embed_tokens.weight", "lm_head": "lm_head.weight"}
+EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end with in every layout
+#: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others.
+PREFIXES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
 
 
 class TargetFiles:
-    """The files of a folder or of a hub name.
+    """The files of a folder or of a hub name; weights are read when they are asked for, in the numerics of the file.
 
     Raises:
-        UserError: there is no configuration of a causal language model.
+        UserError: there is no configuration of a causal language model; or, when asked, no such weight.
     """
 
     def __init__(self, settings: TargetSettings) -> None:
-        self.name, self.revision = settings.path, settings.revision
-        self._path = location(settings.path)
-        folder = Path(self._path).is_dir()
-        self._where: dict[str, Any] = {"revision": settings.revision} if settings.revision and not folder else {}
-        try:
+        self.name, self.revision, self._settings = settings.path, settings.revision, settings
+        self._path, self._where = located(settings)
+        with refusing(settings):
             config = AutoConfig.from_pretrained(self._path, **self._where).get_text_config()
-        except (OSError, ValueError) as error:
-            raise self._refusal(error) from error
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
@@ -49,39 +63,103 @@ class TargetFiles:
     @cached_property
     def embedding(self) -> Tensor:
         """The input embedding, ``[V, H]``."""
-        return self._weight(ENDINGS["embedding"])
+        return self._read(self._ending(EMBEDDING), EMBEDDING)
 
     @cached_property
     def lm_head(self) -> Tensor:
         """The LM head, ``[V, H]``; the embedding where both are one."""
-        ending = ENDINGS["lm_head"]
-        return self._weight(ending) if any(name.endswith(ending) for name in self._files) else self.embedding
+        stored = self._ending(LM_HEAD)
+        return self.embedding if stored is None else self._read(stored, LM_HEAD)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight that transformers' model calls ``name``."""
+        spellings = (there + name.removeprefix(here) for here, there in PREFIXES if name.startswith(here))
+        return self._read(next((stored for stored in spellings if stored in self._files), None), name)
 
     @cached_property
     def _files(self) -> dict[str, str]:
         """The file of every tensor."""
-        try:
+        with refusing(self._settings):
             index = cached_file(self._path, INDEX, _raise_exceptions_for_missing_entries=False, **self._where)
             if index is not None:
                 found: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
                 return found
-            single = cached_file(self._path, SINGLE, **self._where)
-        except (OSError, ValueError) as error:
-            raise self._refusal(error) from error
-        assert single is not None  # it raises instead
-        with safe_open(single, "pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
+            with safe_open(self._file(SINGLE), "pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
 
-    def _weight(self, ending: str) -> Tensor:
-        name = next((name for name in self._files if name.endswith(ending)), None)
-        if name is None:
-            raise self._refusal(f"there is no {ending} in its weights")
-        path = cached_file(self._path, self._files[name], **self._where)
-        assert path is not None  # it raises instead
-        with safe_open(path, "pt") as file:
-            found: Tensor = file.get_tensor(name)
+    def _ending(self, ending: str) -> str | None:
+        return next((name for name in self._files if name.endswith(ending)), None)
+
+    def _read(self, stored: str | None, name: str) -> Tensor:
+        if stored is None:
+            problem = f"its files have no tensor {name}"
+            raise UserError("target.path", self.name, problem, "give a checkpoint in Hugging Face's layout")
+        with refusing(self._settings), safe_open(self._file(self._files[stored]), "pt") as file:
+            found: Tensor = file.get_tensor(stored)
             return found
 
-    def _refusal(self, problem: object) -> UserError:
-        text = str(problem).partition("\n")[0].rstrip(".")
-        return UserError("target.path", self.name, text, "check the name, or the connection to the hub")
+    def _file(self, name: str) -> str:
+        file = cached_file(self._path, name, **self._where)
+        assert file is not None  # it raises instead
+        return file
+
+
+def layers_of(settings: TargetSettings) -> tuple[tuple[int, ...], int]:
+    """The captured layers and how many there are in all, from the configuration alone.
+
+    Raises:
+        UserError: as :func:`load_ends`.
+    """
+    with opened(settings):
+        count = TargetFiles(settings).num_layers
+    return captured_layers(settings, count), count
+
+
+class TargetEnds:
+    """What ``Target`` is without its decoder layers: equal ``info``, ``head`` and ``tokenizer``.
+
+    ``norm`` is the model's own final norm, ``[..., H]`` to ``[..., H]``, in the target's numerics.
+    """
+
+    def __init__(self, info: TargetInfo, head: TargetHead, norm: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.info, self.head, self.norm, self.tokenizer = info, head, norm, tokenizer
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """``[..., H]`` after the final norm to ``[..., V]``."""
+        return F.linear(last_hidden, self.head.lm_head)
+
+
+def load_ends(settings: TargetSettings) -> TargetEnds:
+    """Read the ends of the target in a folder, of a hub name, or of the model that ships ("embedded").
+
+    Raises:
+        UserError: as :func:`load_target`; or the files have no such tensors.
+    """
+    with opened(settings) as (path, where):
+        config = AutoConfig.from_pretrained(path, **where)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        checksum = weights_sha256(path, where)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
+        if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **where):
+            model.generation_config = GenerationConfig.from_pretrained(path, **where)
+        decoder = find_decoder(model, settings.path)
+        head, norm = _read_ends(settings, model, decoder)
+    info = describe(model, tokenizer, decoder.config, settings, head, checksum)
+    return TargetEnds(info, head, norm, tokenizer)
+
+
+def _read_ends(settings: TargetSettings, model: PreTrainedModel, decoder: Any) -> tuple[TargetHead, nn.Module]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Two of them are one where they are tied.
+    wanted = [decoder.embed_tokens.weight, decoder.norm.weight, model.get_output_embeddings().weight]
+    files, read = TargetFiles(settings), dict[int, Tensor]()
+    for key, parameter in {id(parameter): parameter for parameter in wanted}.items():
+        read[key] = files.weight(names[key]).to(DTYPES[settings.dtype])
+        if read[key].shape != parameter.shape:
+            problem = f"its {names[key]} is {tuple(read[key].shape)} and not {tuple(parameter.shape)}"
+            raise UserError("target.path", settings.path, problem, "take files that belong together")
+    embedding, weight, lm_head = (read[id(parameter)] for parameter in wanted)
+    decoder.norm.load_state_dict({"weight": weight}, assign=True)
+    decoder.norm.requires_grad_(False)
+    return TargetHead(embedding, weight, decoder.config.rms_norm_eps, lm_head), decoder.norm

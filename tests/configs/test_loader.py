@@ -224,14 +224,11 @@ def test_every_limit_and_choice_belongs_to_a_setting() -> None:
         ("http://a,http://a", r"endpoints = \[http://a, http://a\]: http://a stands twice; give each once"),
     ],
 )
-def test_endpoints_are_addresses(given: str, complaint: str) -> None:
-    assert loader.load(
-        "tiny", ['regenerate.endpoints=http://a:1,https://b/v1,"http://[::1]:8000/"']
-    ).regenerate.endpoints == (
-        "http://a:1",
-        "https://b/v1",
-        "http://[::1]:8000/",
-    )
-    assert loader.load("tiny", ["regenerate.endpoints="]).regenerate.endpoints == ()
-    with pytest.raises(UserError, match=complaint):
-        loader.load("tiny", [f"regenerate.endpoints={given}"])
+@pytest.mark.parametrize("section", ["regenerate", "record"])
+def test_endpoints_are_addresses(section: str, given: str, complaint: str) -> None:
+    name = f"{section}.endpoints"
+    settings = loader.load("tiny", [f'{name}=http://a:1,https://b/v1,"http://[::1]:8000/"'])
+    assert dataclasses.asdict(settings)[section]["endpoints"] == ("http://a:1", "https://b/v1", "http://[::1]:8000/")
+    assert dataclasses.asdict(loader.load("tiny", [f"{name}="]))[section]["endpoints"] == ()
+    with pytest.raises(UserError, match=f"{section}.*{complaint}"):
+        loader.load("tiny", [f"{name}={given}"])

@@ -21,8 +21,10 @@ from eagle3.configs.settings import Settings
 from eagle3.data.answers import read_answers, read_finished
 from eagle3.data.planning import plan
 from eagle3.data.record import record, recorded
+from eagle3.data.recorders import TransformersRecorder
 from eagle3.data.store import Store
 from eagle3.models.target import Target, TargetOutput
+from eagle3.models.target_files import TargetEnds, load_ends
 
 fork = multiprocessing.get_context("fork")
 
@@ -303,3 +305,27 @@ def test_a_truncated_shard_is_not_hidden_by_recording_again(
     os.truncate(shard, shard.stat().st_size - 1)
     with pytest.raises(UserError, match="shard-00001.safetensors: it has .* bytes and not"):
         record(recipe, run_dir, tiny_target)
+
+
+def test_the_targets_ends_are_all_that_recording_needs_beside_a_recorder(
+    answered: Path, finished: Path, recipe: Settings, tiny_target: Target, files_of
+) -> None:
+    record(recipe, answered, load_ends(recipe.target), TransformersRecorder(tiny_target))
+    assert files_of(answered / "store") == files_of(finished / "store")
+
+
+def test_servers_record_where_only_the_ends_are_here(
+    answered: Path, tiny_target: Target, changed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Stub(TransformersRecorder):
+        def __init__(self, settings: Settings, ends: TargetEnds) -> None:
+            super().__init__(tiny_target)
+            asked.append((settings.record.endpoints, type(ends)))
+
+    monkeypatch.setattr("eagle3.data.record.VllmRecorder", Stub)
+    chosen = changed("record", endpoints=("http://127.0.0.1:1",))
+    record(chosen, answered, load_ends(chosen.target))
+    assert asked == [(("http://127.0.0.1:1",), TargetEnds)]
+    assert Store(answered / "store").verify() == []

@@ -1,0 +1,197 @@
+"""A real vLLM on the CPU records what transformers computes: in float32 to rounding, in bfloat16 up to router flips.
+
+`make test-serving` makes its environment.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eagle3.configs.errors import UserError
+from eagle3.configs.loader import load
+from eagle3.configs.settings import Settings, TargetSettings
+from eagle3.data.chat import prompt_ids
+from eagle3.data.conversations import Conversation
+from eagle3.data.recorders import States
+from eagle3.data.vllm_launch import launch_command
+from eagle3.data.vllm_recorder import VllmRecorder
+from eagle3.models.target import Target, TargetOutput, load_target
+from eagle3.models.target_files import layers_of, load_ends
+from eagle3.models.target_info import find_decoder
+from torch import Tensor
+
+pytestmark = pytest.mark.serving
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-serving" / "bin" / "python"
+CONVERSATIONS = 32
+MOST = 620  # tokens of a prompt
+PATIENCE_S = 150.0  # for an engine that is starting
+RELATIVE = 1e-4  # of a token's state in one layer: |theirs - ours| / |ours|, both norms over the width
+
+
+class Engine:
+    """vLLM as a recipe's own command starts it, with what a CPU needs."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        record = replace(settings.record, endpoints=(f"http://127.0.0.1:{port}",), states_folder=str(folder / "states"))
+        self.settings = replace(settings, record=record)
+        self._log = folder / "vllm.log"
+        _, _, model, *options, handover = launch_command(self.settings, *layers_of(settings.target))
+        connector = {"kv_connector": "CpuHiddenStatesConnector", "kv_connector_module_path": "cpu_connector"}
+        self._command = [
+            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options,
+            json.dumps(json.loads(handover) | connector),
+            "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--gpu-memory-utilization", "0.3",
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        """Returns before it answers; the recorder is patient."""
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        with self._log.open("ab") as file:
+            self._process = subprocess.Popen(
+                self._command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """As the system does that runs out of memory."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+    """One in float32, and one in bfloat16 that captures every layer; they start at the same time."""
+    tiny = load("tiny", [f"record.patience_s={PATIENCE_S}", "record.in_flight=4", "prepare.max_prompt_tokens=640"])
+    targets = {"float32": TargetSettings(), "bfloat16": TargetSettings(dtype="bfloat16", layers=tuple(range(16)))}
+    started = {
+        name: Engine(replace(tiny, target=target), tmp_path_factory.mktemp(name)) for name, target in targets.items()
+    }
+    yield started
+    for engine in started.values():
+        engine.kill()
+        print(engine.log())
+
+
+@pytest.fixture(scope="module")
+def conversations(target: Target) -> list[tuple[np.ndarray, int]]:
+    """Token ids of questions with their greedy answers, and where the answer begins; the longest cross chunks of 256."""
+    functions = [entry for module in (textwrap, shutil) for _, entry in sorted(inspect.getmembers(module, callable))]
+    texts = [text for function in functions if (text := inspect.getdoc(function))][:CONVERSATIONS]
+    prompts = []
+    for text in texts:
+        asked = [{"role": "user", "content": f"Write a function for this:\n{text}"}]
+        prompts.append(prompt_ids(target.tokenizer, Conversation("", "", "test", asked))[-MOST:])
+    assert len(prompts) == CONVERSATIONS
+    assert min(map(len, prompts)) < 128 < 400 < max(map(len, prompts))
+    answers = target.generate(prompts, [0.0] * len(prompts), 32)
+    return [
+        (np.array([*prompt, *answer.ids], dtype=np.int32), len(prompt))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def forward(target: Target, ids: np.ndarray) -> TargetOutput:
+    return target.forward(torch.from_numpy(ids).long()[None])
+
+
+def errors(states: States, output: TargetOutput) -> Tensor:
+    """``[T, F + 1]``: how far each token's states are from transformers', relative to these."""
+    theirs = torch.cat([states.features, states.last_hidden[:, None]], 1).float()
+    ours = torch.cat([output.features[0], output.last_hidden[0, :, None]], 1).float()
+    return (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
+
+
+def test_float32_is_transformers_although_the_server_is_killed_and_restarted(
+    engines: dict[str, Engine],
+    target: Target,
+    conversations: list[tuple[np.ndarray, int]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = engines["float32"]
+    recorder = VllmRecorder(engine.settings, load_ends(engine.settings.target))
+    recording = recorder.record([ids for ids, _ in conversations])
+    recorded = [next(recording) for _ in range(6)]
+    capsys.readouterr()  # it waited while the server started, and said so
+    engine.kill()
+    engine.start()
+    recorded += recording
+    assert f"record: {engine.settings.record.endpoints[0]}: it " in capsys.readouterr().err
+    assert list(Path(engine.settings.record.states_folder).iterdir()) == []
+    worst = 0.0
+    for states, (ids, answer) in zip(recorded, conversations, strict=True):
+        assert states.features.dtype == states.last_hidden.dtype == torch.float32
+        worst = max(worst, errors(states, forward(target, ids)).max().item())
+        said = target.logits(states.last_hidden[answer - 1 : -1]).argmax(-1)
+        assert said.tolist() == ids[answer:].tolist()
+    tokens = sum(len(ids) for ids, _ in conversations)
+    print(f"float32: {tokens:,} tokens, largest relative error {worst:.2g}")
+    assert worst < RELATIVE
+
+
+def test_another_recipe_is_refused(engines: dict[str, Engine], conversations: list[tuple[np.ndarray, int]]) -> None:
+    """The layers were changed after the server was started: it would record the wrong ones without a word."""
+    settings = engines["float32"].settings
+    other = replace(settings, target=replace(settings.target, layers=(1, 8, 12)))
+    recorder = VllmRecorder(other, load_ends(other.target))
+    with pytest.raises(UserError, match="it serves embedded@2-8-13-16 and not embedded@2-9-13-16; start it as: vllm"):
+        list(recorder.record([conversations[0][0]]))
+
+
+def test_bfloat16_is_transformers_up_to_rounding_and_the_router_flips_that_come_of_it(
+    engines: dict[str, Engine], conversations: list[tuple[np.ndarray, int]]
+) -> None:
+    settings = engines["bfloat16"].settings
+    target = load_target(settings.target)
+    recorded = list(VllmRecorder(settings, load_ends(settings.target)).record([ids for ids, _ in conversations]))
+    differences, flips, choices = list[Tensor](), 0, 0
+    for states, (ids, _) in zip(recorded, conversations, strict=True):
+        ours, output = routed(target, ids)
+        theirs, _ = routed(target, ids, states.features)
+        flips += int((ours != theirs).sum())
+        choices += ours.numel()
+        differences.append(errors(states, output))
+    quantiles = torch.cat(differences)[:, -1].quantile(torch.tensor([0.5, 0.9, 0.99, 1.0])).tolist()
+    print(f"bfloat16: last hidden, relative error at 50%, 90%, 99%, 100%: {quantiles}")
+    print(f"bfloat16: the router chooses another expert {flips:,} times of {choices:,}")
+    assert quantiles[0] < 0.02
+    assert flips < 0.02 * choices
+
+
+def routed(target: Target, ids: np.ndarray, features: Tensor | None = None) -> tuple[Tensor, TargetOutput]:
+    """Which expert each MoE layer's router chooses for each token ``[layers, T]``; what goes from layer to layer is
+    ``features`` if they are given, so that the choices are those that follow from them."""
+    chosen, hooks = list[Tensor](), []
+    for number, layer in enumerate(find_decoder(target.model, "").layers):
+        if number % 2:
+            hooks.append(
+                layer.feed_forward.router.register_forward_hook(lambda m, a, out: chosen.append(out[1].argmax(-1)))
+            )
+        if features is not None:
+            hooks.append(layer.register_forward_hook(lambda m, a, out, number=number: features[None, :, number]))
+    output = forward(target, ids)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(chosen), output
