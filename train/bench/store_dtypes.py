@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="a recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.name=value")
     parser.add_argument("--root", type=Path, default=Path("runs/store_dtypes"), help="folder of the runs")
+    said = "a run's conversations/ with answers; without it they are made anew"
+    parser.add_argument("--conversations", type=Path, help=said)
     parser.add_argument("--seeds", type=int, default=5, help="5 to 10; default %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="trainings at once; default %(default)s")
     parser.add_argument("--hardware", default="", help="the machine's name, for the results file")
@@ -87,11 +89,13 @@ def compared(name: str, lengths: dict[str, list[float]]) -> Compared:
 
 def measure(asked: argparse.Namespace) -> dict[str, list[float]]:
     """Simulated acceptance length on held-out answers, by choice and seed."""
-    stage("prepare", asked, "source")
-    stage("regenerate", asked, "source")
+    if asked.conversations is None:
+        stage("prepare", asked, "source")
+        stage("regenerate", asked, "source")
     for name, chosen in CHOICES.items():
         folder = asked.root / _slug(name)
-        shutil.copytree(asked.root / "source" / "conversations", folder / "conversations", dirs_exist_ok=True)
+        answered = asked.conversations or asked.root / "source" / "conversations"
+        shutil.copytree(answered, folder / "conversations", dirs_exist_ok=True)
         stage("record", asked, folder.name, *chosen)
     jobs = [(name, seed) for seed in range(asked.seeds) for name in CHOICES]
     for name, seed in jobs:
