@@ -112,6 +112,7 @@ def _index(title: str, report: dict[str, Any] | None) -> dict[str, Any]:
                 "drafting": entry["drafting"],
                 "acceptance_by_position": [round(share, 4) for share in entry["acceptance_by_position"]],
                 "prompts": entry["n_prompts"],
+                "output_tokens_mean": round(entry["output_tokens_mean"], 4),
                 "dtype": entry["dtype"],
             },
         }

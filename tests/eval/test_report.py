@@ -256,7 +256,8 @@ def imported(run: Path, value: float, **changes: Any) -> Path:
     path = run / "eval" / "eval.json"
     description = json.loads(path.read_text())
     drafting = {"method": "chain", "length": CHAIN, "total": None, "top_k": 1, "sampling": "greedy"}
-    figure = {"benchmark": "bench", "value": value, "args": {"temperature": 0.0, "drafting": drafting} | changes}
+    told = {"temperature": 0.0, "drafting": drafting, "prompts": 60, "output_tokens_mean": 9.0, "dtype": "float32"}
+    figure = {"benchmark": "bench", "value": value, "args": told | changes}
     description["settings"]["draft"] = "heads/theirs"
     description["draft"] |= {"training": None, "imported": {"from": "theirs", "figures": [figure]}}
     path.write_bytes(encode_json(description))
@@ -270,6 +271,17 @@ def test_an_imported_head_that_accepts_less_than_its_card_says_is_told(tmp_path:
     assert len(said) == 1
     assert said[0].startswith("T=0: its card says an acceptance length of 3.90, and here it is 2.")
     assert "it may be misread (layers, norms fed back, RoPE, the order of features)" in said[0]
+
+
+def test_over_the_same_greedy_answers_a_hundredth_is_told(tmp_path: Path) -> None:
+    entry = write_report(write_run(tmp_path / "own"))["results"][0]
+    measured, same = (
+        entry["acceptance_length"],
+        {"prompts": 6, "output_tokens_mean": round(entry["output_tokens_mean"], 4)},
+    )
+    for number, (factor, told) in enumerate(((1.005, 0), (1.02, 1))):
+        report = write_report(imported(write_run(tmp_path / f"{number}"), measured * factor, **same))
+        assert len([line for line in report["warnings"] if "its card says" in line]) == told
 
 
 @pytest.mark.parametrize(("value", "changes"), [(2.4, {}), (3.9, {"temperature": 0.3}), (3.9, {"drafting": {}})])
