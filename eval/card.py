@@ -22,6 +22,8 @@ from . import tables
 
 CARD = "README.md"
 ACCEPTANCE = "acceptance_length"
+#: Without these a figure cannot be compared.
+ARGUMENTS = {"temperature", "drafting", "prompts", "output_tokens_mean", "dtype"}
 LAUNCH = {
     "hf": "vllm serve {target} --speculative-config "
     '\'{{"method": "eagle3", "model": "{folder}", "num_speculative_tokens": {chain}}}\'',
@@ -91,7 +93,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
             for model in front.get("model-index", [])
             for result in model["results"]
             for metric in result["metrics"]
-            if metric["type"] == ACCEPTANCE
+            if metric["type"] == ACCEPTANCE and metric["args"].keys() >= ARGUMENTS
         ]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):  # a card of another making
         return []
