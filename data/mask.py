@@ -9,6 +9,9 @@ what is supervised.
 A turn begins where the target would go on, behind the template's own generation prompt, and ends with its end-of-turn
 mark. No token reaches over an edge: where the tokenizer would merge the end of what the target is given with the beginning
 of what it says, the text is cut, since nothing that the target says can change a token that it was given.
+
+The target's own answers need none of this (:func:`.chat.sequence`); it is for conversations whose given answers are kept,
+which no stage does yet.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ that the trainer waits for always has room. Deletion follows the durable ``consu
 shard is made twice and none is missed, and what should be gone is deleted by whoever looks next.
 
 Nothing but files and renames joins the two sides, so a shared file system will do, and either may die and come back.
+No stage records to a spool yet, and the trainer does not read one.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
@@ -67,19 +68,19 @@ class Counters(NamedTuple):
         return f"acceptance length {self.acceptance_length:.3f} ({where}{self.rounds:,} rounds)"
 
 
-class LiveEngine:
+class LiveEngine(ABC):
     """A serving engine at ``url`` that serves ``model``."""
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
 
+    @abstractmethod
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The most likely answer to ``prompt``, as token ids; the end token is there if the engine returns it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counters(self) -> Counters:
         """All that it has counted so far; nothing where it has not drafted yet."""
-        raise NotImplementedError
 
     def _get(self, path: str) -> str:
         return read(self.url, path)
