@@ -104,10 +104,14 @@ class RecordSettings:
     """Most tokens of one recording batch, padding included; a longer conversation is a batch of its own."""
     shard_tokens: int = 32768
     """Most tokens of one shard: the unit that is written, published and resumed."""
-    features_dtype: str = "bfloat16"
-    """Storage of the features: bfloat16, float32, or float8_e4m3fn (FP8, with a scale per token and layer)."""
-    last_hidden_dtype: str = "bfloat16"
+    features_dtype: str = "float8_e4m3fn"
+    """Storage of the features: float8_e4m3fn (FP8, with a scale per token and layer), bfloat16, or float32."""
+    last_hidden_dtype: str = "float8_e4m3fn"
     """Storage of the last hidden states, from which the teacher's logits are computed: as for the features."""
+    spool_shards: int | None = None
+    """For states that no disk holds at once: most shards of training states that stand at a time. Recorder and trainer then
+    run side by side; the trainer reads every shard once, in one epoch, and deletes what its checkpoints cover. Held-out
+    states are kept in the store. Default: everything is."""
     endpoints: tuple[str, ...] = ()
     """vLLM servers that record, as http://127.0.0.1:8000; none: the target runs in this process."""
     server_gpus: int = 1

@@ -162,7 +162,7 @@ def _stored(chosen: RecordSettings, shape: TargetShape) -> tuple[str, dict[str, 
     """The recipe's choice, and bytes per token of it and of every other."""
     names = {
         pair: pair[0] if pair[0] == pair[1] else f"features {pair[0]}, last {pair[1]}"
-        for pair in dict.fromkeys(((chosen.features_dtype, chosen.last_hidden_dtype), *STORED))
+        for pair in dict.fromkeys((*STORED, (chosen.features_dtype, chosen.last_hidden_dtype)))
     }
     sizes = {name: bytes_per_token(shape, *pair) for pair, name in names.items()}
     return names[chosen.features_dtype, chosen.last_hidden_dtype], sizes
