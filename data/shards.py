@@ -194,6 +194,10 @@ class Shard:
     def __len__(self) -> int:
         return len(self.index)
 
+    def loss_mask(self, row: int) -> Tensor:
+        """Of one sample, bool ``[T]``; its states are not touched."""
+        return self.tensors["loss_mask"][slice(*self.index.offsets[row : row + 2].tolist())]
+
     def __getitem__(self, row: int) -> StoreSample:
         rows = slice(*self.index.offsets[row : row + 2].tolist())
         stored = {name: tensor[rows] for name, tensor in self.tensors.items()}

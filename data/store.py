@@ -126,6 +126,11 @@ class Store:
         shard, row = self._place(index)
         return self._shard(shard)[row]
 
+    def loss_mask(self, index: int) -> Tensor:
+        """Of one sample, bool ``[T]``; its states are not read."""
+        shard, row = self._place(index)
+        return self._shard(shard).loss_mask(row)
+
     def lengths(self) -> list[int]:
         """Tokens of every sample."""
         return self.index.lengths().tolist()

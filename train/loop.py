@@ -24,6 +24,7 @@ from ..configs.errors import Incomplete
 from ..configs.settings import Settings, TrainSettings
 from ..configs.signals import StopRequest
 from ..data.files import encode_json, encode_line, exclusive, file_sha256, write_atomic
+from ..data.spool import SPOOL, SpoolReader, wait_for
 from ..data.stage import Json, Stage
 from ..data.store import MANIFEST, Store
 from ..models.checkpoint import WEIGHTS
@@ -32,10 +33,11 @@ from ..models.rollout import RolloutBatch, supervised
 from ..models.shapes import draft_config
 from ..models.start import begin, feature_scale
 from . import checkpoint
-from .batches import Batch, Schedule, collate, divide, load, some_states
+from .batches import Batch, Schedule, blank, collate, divide, some_states
 from .launch import any_rank, gather_parameters, make_accelerator
 from .module import Trained, TrainingTimeTest, parameter_groups, warm_draft
 from .progress import TrainProgress
+from .samples import Recorded, Samples, Streamed
 from .validate import Tally, Validation, validation_parts
 
 DONE, BEST, METRICS, CHECKPOINTS = "done.json", "progress.json", "metrics.jsonl", "checkpoints"
@@ -46,11 +48,17 @@ FREE = {"accumulation", "keep_checkpoints", "tracker"}
 def train(settings: Settings, run_dir: Path) -> None:
     """Train, validate, keep the best head in ``run_dir/draft``; goes on from the newest checkpoint.
 
+    States in a spool (``record.spool_shards``) are waited for, from the held-out store on.
+
     Raises:
         UserError: the store does not fit the recipe, or the run was begun with other settings.
         Interrupted: a signal came; the last step is in a checkpoint.
         Incomplete: the loss is not finite.
     """
+    if settings.record.spool_shards is not None:
+        with StopRequest(f"eagle3 train {run_dir / 'config.yaml'}") as stop:
+            manifest = run_dir / "store" / MANIFEST
+            wait_for(manifest, "the held-out states are not recorded yet; run eagle3 record beside this", stop.check)
     store = Store(run_dir / "store")
     store.check(settings)
     stage = Stage("train", run_dir, run_dir / "train", _inputs(settings, store))
@@ -63,8 +71,17 @@ def train(settings: Settings, run_dir: Path) -> None:
     accelerator.wait_for_everyone()
     lock = exclusive(stage.folder / ".train.lock") if accelerator.is_main_process else nullcontext()
     with lock, StopRequest(stage.resume) as stop:
-        Trainer(settings, run_dir, store, accelerator, warm).run(stop)
+        samples = _samples(settings, run_dir, store, stop)
+        Trainer(settings, run_dir, store, samples, accelerator, warm).run(stop)
     accelerator.end_training()
+
+
+def _samples(settings: Settings, run_dir: Path, store: Store, stop: StopRequest) -> Samples:
+    """What is trained on: the store's, or what is recorded meanwhile."""
+    limit = settings.record.spool_shards
+    if limit is None:
+        return Recorded(store, settings.train.epochs)
+    return Streamed(SpoolReader(run_dir / SPOOL, store.manifest, stop.check), limit)
 
 
 class Trainer:
@@ -75,10 +92,11 @@ class Trainer:
         settings: Settings,
         run_dir: Path,
         store: Store,
+        samples: Samples,
         accelerator: Accelerator,
         warm: Eagle3Draft | None,
     ) -> None:
-        self.settings, self.store, self.accelerator = settings, store, accelerator
+        self.settings, self.store, self.samples, self.accelerator = settings, store, samples, accelerator
         self.folder, self.draft_folder = run_dir / "train", run_dir / "draft"
         chosen = settings.train
         torch.manual_seed(settings.run.seed)
@@ -103,20 +121,18 @@ class Trainer:
             weight_decay=chosen.weight_decay,
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        self.lengths = store.lengths()
-        self.rows = [int(supervised(store[index].loss_mask[None], 1).sum()) for index in range(len(store))]
-        samples = store.indices("train")
-        lengths = [self.lengths[index] for index in samples]
-        self.schedule = Schedule(samples, lengths, chosen.batch_tokens, chosen.epochs, settings.run.seed)
+        self.schedule = Schedule(samples.passes, samples.lengths, chosen.batch_tokens, settings.run.seed)
         self.best: dict[str, Any] = {"step": 0, "acceptance_length": 0.0}
 
     def run(self, stop: StopRequest) -> None:
         """Step, log, validate, save, stop: in this order, until the last epoch ends."""
         done, total = self._resume(), self.schedule.steps
+        self._cover(done)
         progress = TrainProgress(total, done) if self.accelerator.is_main_process else None
         if not done:
             self._log({"step": 0, "validation": self._validate(0).as_json()})
         for batch in self.schedule.from_step(done):
+            self._make_room(batch.step - 1)
             line = self._step(batch)
             self._log(line)
             if progress:
@@ -126,14 +142,30 @@ class Trainer:
                 self._log({"step": batch.step, "validation": self._validate(batch.step).as_json()})
             stopping = any_rank(self.accelerator, stop.requested)
             if last or due or stopping:
-                keep = self.settings.train.keep_checkpoints
-                checkpoint.save(self.accelerator, self.folder / CHECKPOINTS, batch.step, keep)
+                self._save(batch.step)
             if stopping and not last:
                 stop.requested = True  # here too, if only another rank heard the signal
                 stop.check(f"step {batch.step} of {total} is saved")
         if self.accelerator.is_main_process:
             write_atomic(self.folder / DONE, encode_json(self.best | {"steps": total}))
             print(f"best head: step {self.best['step']}, simulated AL {self.best['acceptance_length']:.2f}", flush=True)
+
+    def _make_room(self, done: int) -> None:
+        """Before a pass that is not all recorded, save: the recorder may be waiting until what was read may go."""
+        number = self.schedule.finished(done)
+        opens = done == self.schedule.starts[number]
+        if done and opens and any_rank(self.accelerator, not self.samples.ready(number)):
+            self._save(done)
+
+    def _save(self, step: int) -> None:
+        keep = self.settings.train.keep_checkpoints
+        checkpoint.save(self.accelerator, self.folder / CHECKPOINTS, step, keep)
+        self._cover(step)
+
+    def _cover(self, step: int) -> None:
+        """Let go of what no checkpoint will ask for again."""
+        if self.accelerator.is_main_process:
+            self.samples.covered(self.schedule.finished(step))
 
     def _step(self, batch: Batch) -> dict[str, Any]:
         """One optimiser step; returns the line of metrics.jsonl."""
@@ -143,11 +175,13 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         # Gradients are averaged over ranks and micro-batches; every row of the global batch shall count the same.
         ranks, micros = accelerator.num_processes, chosen.accumulation
-        scale = ranks * micros / max(1, sum(self.rows[index] for index in batch.samples))
+        masks = (self.samples.loss_mask(index) for index in batch.samples)
+        scale = ranks * micros / max(1, sum(int(supervised(mask[None], 1).sum()) for mask in masks))
         sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), 0.0
-        for part in divide(batch.samples, self.lengths, ranks * micros)[accelerator.process_index :: ranks]:
+        lengths = self.samples.lengths
+        for part in divide(batch.samples, lengths, ranks * micros)[accelerator.process_index :: ranks]:
             with accelerator.accumulate(self.module):
-                trained: Trained = self.module(self._load(part))
+                trained: Trained = self.module(self._load(self.samples, part))
                 accelerator.backward(trained.loss * scale)
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip) or 0.0)
@@ -158,7 +192,7 @@ class Trainer:
         hits, counts = sums[1:].view(2, -1).tolist()
         loss = sums[0].item() / max(counts[0], 1)
         if not math.isfinite(loss):
-            names = ", ".join(self.store[index].id for index in batch.samples[:4])
+            names = ", ".join(self.samples[index].id for index in batch.samples[:4])
             raise Incomplete(
                 f"the loss of step {batch.step} is {loss}; its batch begins with {names}; lower train.learning_rate"
             )
@@ -169,7 +203,7 @@ class Trainer:
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
             "grad_norm": round(norm, 4),
-            "tokens_per_s": round(sum(self.lengths[i] for i in batch.samples) / (time.perf_counter() - started)),
+            "tokens_per_s": round(sum(lengths[i] for i in batch.samples) / (time.perf_counter() - started)),
         }
 
     @torch.no_grad()
@@ -178,9 +212,9 @@ class Trainer:
         accelerator = self.accelerator
         tally = Tally(self.settings.train.ttt_steps, self._chain)
         self.module.eval()
-        indices = self.store.indices("validation")
-        for part in validation_parts(indices, self.lengths, accelerator.process_index, accelerator.num_processes):
-            batch = self._load(part)
+        indices, lengths = self.store.indices("validation"), self.store.lengths()
+        for part in validation_parts(indices, lengths, accelerator.process_index, accelerator.num_processes):
+            batch = self._load(self.store, part)
             tally.add(batch, self.module(batch))
         self.module.train()
         tally.sums = accelerator.reduce(tally.sums.to(accelerator.device), "sum").cpu()
@@ -199,8 +233,9 @@ class Trainer:
         """The chain that validation simulates: evaluation's, as far as the rollout reaches."""
         return min(self.settings.eval.chain, self.settings.train.ttt_steps)
 
-    def _load(self, indices: tuple[int, ...]) -> RolloutBatch:
-        batch = collate(load(self.store, indices))
+    def _load(self, source: Samples | Store, indices: tuple[int, ...]) -> RolloutBatch:
+        """The samples at ``indices``; where there are none, one from which nothing is learnt."""
+        batch = collate([source[index] for index in indices] or [blank(self.store[0])])
         return RolloutBatch(*(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch))
 
     def _provenance(self) -> dict[str, Any]:
@@ -261,5 +296,6 @@ def _inputs(settings: Settings, store: Store) -> dict[str, Json]:
     shape = {f"draft.{key}": value for key, value in asdict(settings.draft).items()}
     store_hash = file_sha256(store.path / MANIFEST)
     named = {"run.seed": settings.run.seed, "store/manifest.json": store_hash, "eval.chain": settings.eval.chain}
+    named["record.spool_shards"] = settings.record.spool_shards  # which says how a spool is shuffled
     inputs: dict[str, Json] = json.loads(json.dumps(trained | shape | named))  # tuples as the file will have them
     return inputs
