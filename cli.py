@@ -189,7 +189,17 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def run_stages(names: Sequence[str], run: Run) -> None:
-    """Complete the named stages in order, saying of each how long it took; after eval, report."""
+    """Complete the named stages in order, saying of each how long it took; after eval, report.
+
+    Raises:
+        UserError: a stage's, or two that must run side by side are to run one after the other.
+    """
+    limit = run.settings.record.spool_shards
+    if limit is not None and len(names) > 1 and not (run.folder / "train" / "done.json").exists():
+        remedy = (
+            "start eagle3 prepare and regenerate, then eagle3 record and eagle3 train at once, and then eagle3 eval"
+        )
+        raise UserError("record.spool_shards", limit, "recording waits for a trainer that reads meanwhile", remedy)
     for name in names:
         stage = STAGES[name]
         with _timed(name) as outcome:

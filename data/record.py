@@ -6,6 +6,9 @@
 Which samples make up which batch and shard is planned from the answers alone, before anything is recorded. So any rank
 may record any shard, a recorder that is killed records the missing ones when it is started again, and the store is the
 same to the byte. Ranks do not talk to each other: a shard that exists is done, and the first rank waits for all.
+
+States that no disk holds at once go to a spool (``record.spool_shards``), from which a trainer reads them meanwhile; those
+of held-out conversations come first, and are kept as a store.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from .quantise import dtype_name, encode
 from .recorders import Recorder, States, TransformersRecorder
 from .regenerate import answered_by
 from .shards import Kept, Shard, ShardEntry, read_entry, shard_path, write_shard
+from .spool import PLAN, SPOOL, SpoolWriter, StoreWriter, spooled, wait_for
 from .stage import Json, Stage
 from .store import Manifest
 from .vllm_recorder import VllmRecorder
@@ -55,6 +59,8 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
         target: whose states they are; of it only ``info``, ``head`` and ``tokenizer`` are used here.
         recorder: what computes them; by default the target itself, or servers where only its ends are here.
 
+    States in a spool are recorded as room is made, so this ends when a trainer has read most of them.
+
     Raises:
         UserError: there are no answers, they are another target's, the store was begun with other settings, or it
             cannot be written.
@@ -63,18 +69,29 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
     """
     stage = _stage(settings, run_dir, target)
     with StopRequest(stage.resume) as stop:
-        if _whole(stage):
+        if _whole(stage, settings, run_dir):
             return
         answered_by(target, run_dir)
         answers = read_finished(run_dir / "conversations", target.info.vocab_size)
         stage.begin()
         ranks = PartialState(cpu=not torch.cuda.is_available())
         with exclusive(stage.folder / f".record-{ranks.process_index}.lock"):
-            shards = plan([len(answer.ids) for answer in answers], settings.record)
-            recording = Recording(stage, settings.record, target, answers, recorder or _recorder(settings, target))
-            recording.run(shards, stop)
+            recorder = recorder or _recorder(settings, target)
+            limit, name = settings.record.spool_shards, file_sha256(stage.path)
+            stored = answers if limit is None else [answer for answer in answers if answer.split != "train"]
+            shards = plan([len(answer.ids) for answer in stored], settings.record)
+            place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
+            Recording(place, name, settings.record, target, stored, recorder).run(shards, stop)
             if ranks.is_main_process:
-                store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, shards))
+                store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
+            if limit is not None:
+                streamed = [answer for answer in answers if answer.split == "train"]
+                shards = plan([len(answer.ids) for answer in streamed], settings.record)
+                lengths = [[len(streamed[sample].ids) for batch in shard for sample in batch] for shard in shards]
+                if not ranks.is_main_process:
+                    wait_for(run_dir / SPOOL / PLAN, "the first rank has not begun the spool yet", stop.check)
+                place = SpoolWriter(run_dir / SPOOL, name, lengths, limit)
+                Recording(place, name, settings.record, target, streamed, recorder).run(shards, stop)
 
 
 def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
@@ -84,30 +101,31 @@ def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
 
 def recorded(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
-    return _whole(_stage(settings, run_dir, None))
+    return _whole(_stage(settings, run_dir, None), settings, run_dir)
 
 
 class Recording:
-    """Recording what is missing of a store.
+    """Recording what is missing of a store, or of a spool.
 
     A shard is hashed and written in a thread while the next is recorded; errors of the thread come out of :meth:`run`.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        place: StoreWriter | SpoolWriter,
+        name: str,
         settings: RecordSettings,
         target: Target | TargetEnds,
         answers: list[Answer],
         recorder: Recorder,
     ) -> None:
-        self.folder, self.name = stage.folder, file_sha256(stage.path)
-        self.settings, self.target, self.answers, self.recorder = settings, target, answers, recorder
+        self.place, self.name, self.settings = place, name, settings
+        self.target, self.answers, self.recorder = target, answers, recorder
 
     def run(self, shards: list[list[Batch]], stop: StopRequest) -> None:
         """Record this rank's missing shards; the first rank then waits until those of the others are there."""
         ranks = PartialState()
-        missing = _missing(self.folder, len(shards))
+        missing = self.place.missing()
         # By the shard's number and not by its place among the missing: ranks may look at different moments.
         mine = [number for number in missing if number % ranks.num_processes == ranks.process_index]
         there = len(shards) - len(missing)
@@ -116,7 +134,7 @@ class Recording:
             progress.advance(1, entry.tokens)
         stop.check(f"{progress.done} of {progress.total} shards are recorded")
         for number in missing if ranks.is_main_process else []:
-            while not shard_path(self.folder, number).exists():
+            while not self.place.done(number):
                 stop.check("the shards of this rank are recorded, those of others are not")
                 time.sleep(POLL)
 
@@ -125,6 +143,7 @@ class Recording:
         written: Future[ShardEntry] | None = None
         with ThreadPoolExecutor(1) as writer:
             for number, batches in shards.items():
+                self.place.wait_for_room(number, stop.check)
                 kept = [sample for batch in batches for sample in self._keep(batch, self._states(batch))]
                 check_agreement(kept, number)
                 if written is not None:
@@ -161,32 +180,40 @@ class Recording:
         return kept
 
     def _publish(self, number: int, kept: list[Kept]) -> ShardEntry:
-        remove_temporaries(self.folder, f"{shard_path(self.folder, number).stem}.*")
-        return write_shard(self.folder, number, self.name, kept)
+        folder = self.place.folder
+        remove_temporaries(folder, f"{shard_path(folder, number).stem}.*")
+        return write_shard(folder, number, self.name, kept)
 
 
-def _missing(folder: Path, count: int) -> list[int]:
-    return [number for number in range(count) if not shard_path(folder, number).exists()]
-
-
-def _whole(stage: Stage) -> bool:
-    """Whether the store is finished and nothing of it is gone; a missing shard is recorded again."""
+def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
+    """Whether the store is finished and nothing of it is gone, and all of a spool was recorded; what is missing is
+    recorded again.
+    """
     if not stage.begun() or not (stage.folder / store.MANIFEST).exists():
         return False
     manifest = store.read_manifest(stage.folder)
-    return not _missing(stage.folder, len(manifest.shards)) and all((stage.folder / n).exists() for n in manifest.files)
+    if StoreWriter(stage.folder, len(manifest.shards)).missing():
+        return False
+    if settings.record.spool_shards is not None and not spooled(run_dir / SPOOL):
+        return False
+    return all((stage.folder / name).exists() for name in manifest.files)
 
 
 def _manifest(
-    settings: Settings, stage: Stage, target: Target | TargetEnds, answers: list[Answer], shards: list[list[Batch]]
+    settings: Settings,
+    stage: Stage,
+    target: Target | TargetEnds,
+    answers: list[Answer],
+    stored: list[Answer],
+    shards: list[list[Batch]],
 ) -> Manifest:
-    """Write what stands beside the shards, and describe all of it."""
+    """Write what stands beside the shards, and describe all of it; ``stored`` are those of the answers that they hold."""
     folder, name = stage.folder, file_sha256(stage.path)
     remove_temporaries(folder)
     remove_temporaries(folder / store.TOKENIZER)
     entries = tuple(read_entry(shard_path(folder, number)) for number in range(len(shards)))
-    stored = Shard.open(folder, entries[0]).tensors
-    in_order = [answers[sample] for shard in shards for batch in shard for sample in batch]
+    tensors = Shard.open(folder, entries[0]).tensors
+    in_order = [stored[sample] for shard in shards for batch in shard for sample in batch]
     beside = {
         stage.path.name: FileEntry(name, stage.path.stat().st_size),
         store.INDEX: _write_index(folder, name, in_order),
@@ -203,7 +230,7 @@ def _manifest(
         tokenizer_sha256=hashes.tokenizer,
         chat_template_sha256=hashes.chat_template,
         last_hidden="after the final norm",
-        dtypes={key: dtype_name(tensor) for key, tensor in sorted(stored.items())},
+        dtypes={key: dtype_name(tensor) for key, tensor in sorted(tensors.items())},
         samples=sum(entry.samples for entry in entries),
         tokens=sum(entry.tokens for entry in entries),
         supervised_tokens=sum(entry.supervised_tokens for entry in entries),
@@ -270,4 +297,5 @@ def _recipe(settings: Settings) -> dict[str, Json]:
         "record.shard_tokens": settings.record.shard_tokens,
         "record.features_dtype": settings.record.features_dtype,
         "record.last_hidden_dtype": settings.record.last_hidden_dtype,
+        "record.spool_shards": settings.record.spool_shards,
     }

@@ -54,6 +54,29 @@ PATIENCE = 30.0  # seconds of waiting after which the user is told
 Check: TypeAlias = Callable[[str], None]  # StopRequest.check: raises if the user wants to stop, saying how far it is
 
 
+class StoreWriter:
+    """What :class:`SpoolWriter` is, where every shard stays.
+
+    Args:
+        folder: the store.
+        shards: how many it will hold.
+    """
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        self.folder, self.shards = folder, shards
+
+    def done(self, index: int) -> bool:
+        """Whether a shard is recorded."""
+        return shard_path(self.folder, index).exists()
+
+    def missing(self) -> list[int]:
+        """The shards that are not, in order."""
+        return [index for index in range(self.shards) if not self.done(index)]
+
+    def wait_for_room(self, index: int, check: Check) -> None:
+        """There is room."""
+
+
 class SpoolWriter:
     """The recorder's side; any number of ranks may each have one.
 
@@ -81,21 +104,16 @@ class SpoolWriter:
 
     def done(self, index: int) -> bool:
         """Whether a shard is not to be recorded (any more): it waits to be read, or was consumed."""
-        return index not in self._missing(range(index, index + 1))
+        return not _missing(self.folder, range(index, index + 1))
 
     def missing(self) -> list[int]:
         """The shards that are not done, in order."""
-        return self._missing(range(self.shards))
+        return _missing(self.folder, range(self.shards))
 
     def wait_for_room(self, index: int, check: Check) -> None:
         """Return when shard ``index`` may be recorded; until then the trainer has enough to read."""
         state = f"shard {index} of {self.shards} has no room in {self.folder} before the trainer's next checkpoint"
         _wait(lambda: index < self._sweep() + self.limit, state, check)
-
-    def _missing(self, shards: range) -> list[int]:
-        absent = [index for index in shards if not shard_path(self.folder, index).exists()]
-        covered = consumed(self.folder)  # read last: a shard that was deleted while we looked is known to be consumed
-        return [index for index in absent if index >= covered]
 
     def _sweep(self) -> int:
         """Delete what a reader that died has left, before its place is taken; returns how many shards are consumed."""
@@ -196,6 +214,13 @@ class SpoolReader:
         return found
 
 
+def spooled(folder: Path) -> bool:
+    """Whether every shard of the spool at ``folder`` was recorded, whatever became of it."""
+    if not (folder / PLAN).exists():
+        return False
+    return not _missing(folder, range(len(json.loads((folder / PLAN).read_bytes())["lengths"])))
+
+
 def consumed(folder: Path) -> int:
     """How many shards, from the first on, were read and are covered by a durable checkpoint."""
     while True:
@@ -211,6 +236,12 @@ def consumed(folder: Path) -> int:
 def wait_for(path: Path, state: str, check: Check) -> None:
     """Return once ``path`` is there; ``state`` says why it is waited for."""
     _wait(path.exists, state, check)
+
+
+def _missing(folder: Path, shards: range) -> list[int]:
+    absent = [index for index in shards if not shard_path(folder, index).exists()]
+    covered = consumed(folder)  # read last: a shard that was deleted while we looked is known to be consumed
+    return [index for index in absent if index >= covered]
 
 
 def _delete(folder: Path, shards: range) -> None:

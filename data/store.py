@@ -173,6 +173,7 @@ class Store:
             ("target.layers", layers, made["target.layers"] if layers is None else captured),
             ("record.features_dtype", record.features_dtype, made["record.features_dtype"]),
             ("record.last_hidden_dtype", record.last_hidden_dtype, made["record.last_hidden_dtype"]),
+            ("record.spool_shards", record.spool_shards, made["record.spool_shards"]),
         ):
             if wanted != found:
                 problem = f"{self.path} was recorded with {found}"
