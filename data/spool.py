@@ -3,7 +3,7 @@
     writer = SpoolWriter(folder, lengths, limit=64)       # the recorder: lengths of the samples of every planned shard
     for index in writer.missing():
         writer.wait_for_room(index, stop.check)
-        write_shard(folder, index, recording, kept)
+        publish(folder, index, recording, ...)
 
     reader = SpoolReader(folder, manifest, stop.check)    # the trainer, at the same time, on any host that sees the folder
     for sample in reader.samples(start=trained):          # waits for what is not recorded yet
