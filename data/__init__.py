@@ -18,6 +18,7 @@ module             what it does
 ``endpoints``      one OpenAI-compatible server, and what its troubles mean
 ``servers``        several of them, kept busy while some fail, go away and come back
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states
+``recording``      what is missing of a store, shard by shard, the target in one thread and all else in others
 ``planning``       which samples share a recording batch and a shard
 ``recorders``      what computes the states: an interface, and the target through transformers
 ``vllm_recorder``  the states from ``vllm_server`` s; ``vllm_launch`` prints how to start them

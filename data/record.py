@@ -14,9 +14,6 @@ of held-out conversations come first, and are kept as a store.
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,30 +21,26 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from ..configs.errors import Incomplete, UserError
-from ..configs.settings import RecordSettings, Settings
+from ..configs.errors import UserError
+from ..configs.settings import Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetHead
 from ..models.target_files import TargetEnds
 from . import store
 from .answers import ANSWERS, Answer, read_finished
-from .chat import sequence, tokenizer_hash
-from .checks import check_agreement, check_states
+from .chat import tokenizer_hash
 from .files import FileEntry, exclusive, file_sha256, lines_sha256, remove_temporaries, tensor_file, write_listed
-from .index import Identity, Index
 from .planning import Batch, plan
-from .progress import Progress
-from .quantise import dtype_name, encode
-from .recorders import Recorder, States, TransformersRecorder
+from .quantise import dtype_name
+from .recorders import Recorder, TransformersRecorder
+from .recording import Recording, index_of
 from .regenerate import answered_by
-from .shards import Kept, Shard, ShardEntry, read_entry, shard_path, write_shard
+from .shards import Shard, read_entry, shard_path
 from .spool import PLAN, SPOOL, SpoolWriter, StoreWriter, spooled, wait_for
 from .stage import Json, Stage
 from .store import Manifest
 from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
-
-POLL = 0.2  # seconds between looks for the shards of other ranks
 
 
 def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recorder: Recorder | None = None) -> None:
@@ -102,87 +95,6 @@ def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
 def recorded(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
     return _whole(_stage(settings, run_dir, None), settings, run_dir)
-
-
-class Recording:
-    """Recording what is missing of a store, or of a spool.
-
-    A shard is hashed and written in a thread while the next is recorded; errors of the thread come out of :meth:`run`.
-    """
-
-    def __init__(
-        self,
-        place: StoreWriter | SpoolWriter,
-        name: str,
-        settings: RecordSettings,
-        target: Target | TargetEnds,
-        answers: list[Answer],
-        recorder: Recorder,
-    ) -> None:
-        self.place, self.name, self.settings = place, name, settings
-        self.target, self.answers, self.recorder = target, answers, recorder
-
-    def run(self, shards: list[list[Batch]], stop: StopRequest) -> None:
-        """Record this rank's missing shards; the first rank then waits until those of the others are there."""
-        ranks = PartialState()
-        missing = self.place.missing()
-        # By the shard's number and not by its place among the missing: ranks may look at different moments.
-        mine = [number for number in missing if number % ranks.num_processes == ranks.process_index]
-        there = len(shards) - len(missing)
-        progress = Progress("record", "shards", there + len(mine), there)
-        for entry in self._record({number: shards[number] for number in mine}, stop):
-            progress.advance(1, entry.tokens)
-        stop.check(f"{progress.done} of {progress.total} shards are recorded")
-        for number in missing if ranks.is_main_process else []:
-            while not self.place.done(number):
-                stop.check("the shards of this rank are recorded, those of others are not")
-                time.sleep(POLL)
-
-    def _record(self, shards: dict[int, list[Batch]], stop: StopRequest) -> Iterator[ShardEntry]:
-        """Yield shards as they are published; after a signal no other is begun."""
-        written: Future[ShardEntry] | None = None
-        with ThreadPoolExecutor(1) as writer:
-            for number, batches in shards.items():
-                self.place.wait_for_room(number, stop.check)
-                kept = [sample for batch in batches for sample in self._keep(batch, self._states(batch))]
-                check_agreement(kept, number)
-                if written is not None:
-                    yield written.result()
-                written = writer.submit(self._publish, number, kept)
-                if stop.requested:
-                    break
-            if written is not None:
-                yield written.result()
-
-    def _states(self, batch: Batch) -> list[States]:
-        return list(self.recorder.record([sequence(self.answers[sample]).input_ids for sample in batch]))
-
-    def _keep(self, batch: Batch, found: list[States]) -> list[Kept]:
-        """The samples of one batch as they are stored, checked."""
-        if len(found) != len(batch):
-            raise Incomplete(f"the recorder gave the states of {len(found)} sequences for {len(batch)}; it is at fault")
-        kept = []
-        for sample, states in zip(batch, found, strict=True):
-            answer = self.answers[sample]
-            ids = sequence(answer)
-            missed = check_states(answer, ids, states, self.target)
-            encoded = {
-                **encode("features", states.features, self.settings.features_dtype),
-                **encode("last_hidden", states.last_hidden, self.settings.last_hidden_dtype),
-            }
-            tensors = {
-                "input_ids": torch.from_numpy(ids.input_ids),
-                "loss_mask": torch.from_numpy(ids.loss_mask),
-                **{name: tensor.cpu() for name, tensor in encoded.items()},
-            }
-            identity = Identity(answer.id, answer.source, answer.split, answer.temperature)
-            kept.append(Kept(identity, tensors, missed))
-        return kept
-
-    def _publish(self, number: int, kept: list[Kept]) -> ShardEntry:
-        folder = self.place.folder
-        remove_temporaries(folder, f"{shard_path(folder, number).stem}.*")
-        return write_shard(folder, number, self.name, kept)
 
 
 def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
@@ -243,11 +155,7 @@ def _manifest(
 
 def _write_index(folder: Path, recording: str, answers: list[Answer]) -> FileEntry:
     """The index of all samples, in the order in which the shards hold them."""
-    index = Index.of(
-        [Identity(answer.id, answer.source, answer.split, answer.temperature) for answer in answers],
-        [len(answer.ids) for answer in answers],
-        [len(answer.said) for answer in answers],
-    )
+    index = index_of(answers)
     content = tensor_file(index.tensors(), {**index.metadata(), "recording": recording})
     return write_listed(folder / store.INDEX, *content)
 

@@ -1,6 +1,7 @@
 """A shard: the unit that is recorded, published, read and, when it is damaged, recorded again.
 
-    entry = write_shard(folder, 7, recording, kept)        # shard-00007.json, then shard-00007.safetensors
+    entry = publish(folder, 7, recording, index, packed, greedy_tokens, disagreeing)
+                                                           # shard-00007.json, then shard-00007.safetensors
     shard = Shard.open(folder, entry)
     shard[0]                                               # StoreSample; bfloat16 and float32 states are mapped
 
@@ -12,16 +13,15 @@ Shapes: N tokens of a shard, S samples of a shard, T tokens of a sample, F captu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .files import FileEntry, check_size, damaged, encode_json, read_tensors, sha256, tensor_file, write_atomic
-from .index import Identity, Index
+from .index import Index
 from .quantise import decode
 
 HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
@@ -39,19 +39,6 @@ class StoreSample(NamedTuple):
     loss_mask: Tensor  # [T] bool
     features: Tensor  # [T, F, H]
     last_hidden: Tensor  # [T, H]
-
-
-class Kept(NamedTuple):
-    """One sample as it is stored: ``tensors`` has ``input_ids``, ``loss_mask`` and the encoded states."""
-
-    identity: Identity
-    tensors: dict[str, Tensor]
-    disagreeing: int  # tokens of a greedy answer that the states do not predict
-
-    @property
-    def supervised(self) -> int:
-        """Tokens in the loss mask."""
-        return int(self.tensors["loss_mask"].sum())
 
 
 @dataclass(frozen=True)
@@ -76,23 +63,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, recording: str, kept: Sequence[Kept]) -> ShardEntry:
-    """Publish one shard; nothing of it is visible before all of it is durable.
-
-    Args:
-        folder: the store's.
-        number: the shard's.
-        recording: what its store calls itself.
-        kept: its samples, one or more, in the order of the plan.
-    """
-    lengths = [len(sample.tensors["input_ids"]) for sample in kept]
-    index = Index.of([sample.identity for sample in kept], lengths, [sample.supervised for sample in kept])
-    packed = {name: torch.cat([sample.tensors[name] for sample in kept]) for name in kept[0].tensors}
-    greedy = index.temperature == 0.0
-    disagreeing = sum(sample.disagreeing for sample in kept)
-    return publish(folder, number, recording, index, packed, int(index.supervised[greedy].sum()), disagreeing)
-
-
 def publish(
     folder: Path,
     number: int,
@@ -102,7 +72,17 @@ def publish(
     greedy_tokens: int,
     disagreeing: int,
 ) -> ShardEntry:
-    """Write the samples of ``index`` whose tensors are ``packed`` back to back, and the facts of them."""
+    """Publish one shard; nothing of it is visible before all of it is durable.
+
+    Args:
+        folder: the store's.
+        number: the shard's.
+        recording: what its store calls itself.
+        index: its samples.
+        packed: their tensors back to back, ``[N, ...]`` each: ``input_ids``, ``loss_mask`` and the encoded states.
+        greedy_tokens: how many of its supervised tokens were said greedily.
+        disagreeing: how many of those the states do not predict.
+    """
     path = shard_path(folder, number)
     parts = tensor_file({**packed, **index.tensors()}, {**index.metadata(), "recording": recording})
     entry = ShardEntry(

@@ -3,7 +3,7 @@
     writer = SpoolWriter(folder, recording, lengths, limit=64)    # the recorder: tokens of the samples of every shard
     for index in writer.missing():
         writer.wait_for_room(index, stop.check)
-        write_shard(folder, index, recording, kept)
+        publish(folder, index, recording, ...)
 
     reader = SpoolReader(folder, manifest, stop.check)    # the trainer, at the same time, on any host that sees the folder
     sample = reader[0]                                    # waits for what is not recorded yet
@@ -73,8 +73,9 @@ class StoreWriter:
         """The shards that are not, in order."""
         return [index for index in range(self.shards) if not self.done(index)]
 
-    def wait_for_room(self, index: int, check: Check) -> None:
-        """There is room."""
+    def wait_for_room(self, index: int, check: Check) -> int:
+        """There is room for all of them."""
+        return self.shards
 
 
 class SpoolWriter:
@@ -110,10 +111,15 @@ class SpoolWriter:
         """The shards that are not done, in order."""
         return _missing(self.folder, range(self.shards))
 
-    def wait_for_room(self, index: int, check: Check) -> None:
-        """Return when shard ``index`` may be recorded; until then the trainer has enough to read."""
+    def wait_for_room(self, index: int, check: Check) -> int:
+        """Return when shard ``index`` may be recorded; until then the trainer has enough to read.
+
+        Returns:
+            the first shard that has no room yet.
+        """
         state = f"shard {index} of {self.shards} has no room in {self.folder} before the trainer's next checkpoint"
         _wait(lambda: index < self._sweep() + self.limit, state, check)
+        return self._sweep() + self.limit
 
     def _sweep(self) -> int:
         """Delete what a reader that died has left, before its place is taken; returns how many shards are consumed."""

@@ -20,8 +20,9 @@ import torch
 from eagle3.configs.errors import Interrupted, UserError
 from eagle3.data import spool
 from eagle3.data.files import remove_temporaries, sha256, write_atomic
-from eagle3.data.index import Identity
-from eagle3.data.shards import Kept, StoreSample, shard_path, write_shard
+from eagle3.data.index import Identity, Index
+from eagle3.data.shards import StoreSample, shard_path
+from eagle3.data.shards import publish as publish_shard
 from eagle3.data.spool import SpoolReader, SpoolWriter, consumed
 from eagle3.data.store import Manifest, read_shard
 
@@ -48,10 +49,10 @@ def shard(index: int) -> list[StoreSample]:
 
 
 def publish(folder: Path, index: int, samples: list[StoreSample]) -> None:
-    kept = [
-        Kept(Identity(*found[:4]), dict(zip(StoreSample._fields[4:], found[4:], strict=True)), 0) for found in samples
-    ]
-    write_shard(folder, index, RECORDING, kept)
+    lengths, said = [len(found.input_ids) for found in samples], [int(found.loss_mask.sum()) for found in samples]
+    packed = {name: torch.cat([getattr(found, name) for found in samples]) for name in StoreSample._fields[4:]}
+    of = Index.of([Identity(*found[:4]) for found in samples], lengths, said)
+    publish_shard(folder, index, RECORDING, of, packed, 0, 0)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_states_of_several_servers_come_in_order_and_leave_no_file(
     slow, fast = serve(), serve()
     slow.delay = 0.05
     asked = sequences(30)
-    same(list(recorder(slow, fast).record(asked)), asked, tiny_target)
+    same(list(recorder(slow, fast).record([asked])), asked, tiny_target)
     assert fast.asked > slow.asked > 0
     assert max(slow.most_at_once, fast.most_at_once) <= 3 < slow.most_at_once + fast.most_at_once
     assert list(folder.iterdir()) == []
@@ -203,7 +203,7 @@ def test_several_threads_share_what_a_server_takes(
     server, asked = serve(), sequences(24)
     shared = recorder(server)
     with ThreadPoolExecutor(4) as threads:
-        parts = list(threads.map(lambda at: list(shared.record(asked[at : at + 6])), range(0, 24, 6)))
+        parts = list(threads.map(lambda at: list(shared.record([asked[at : at + 6]])), range(0, 24, 6)))
     same([states for part in parts for states in part], asked, tiny_target)
     assert server.most_at_once <= 3
     assert list(folder.iterdir()) == []
@@ -213,7 +213,7 @@ def test_it_runs_ahead_of_its_reader_no_further_than_it_says(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], folder: Path
 ) -> None:
     server = serve()
-    states = recorder(server).record(sequences(30))
+    states = recorder(server).record([sequences(30)])
     next(states)
     deadline = time.monotonic() + 30
     while [path.suffix for path in folder.iterdir()] != [".owner"]:  # what was read goes before it is yielded
@@ -236,7 +236,7 @@ def test_what_fails_is_tried_again(
     server = serve()
     server.fail = [failure] * 5
     asked = sequences(8)
-    same(list(recorder(server).record(asked)), asked, tiny_target)
+    same(list(recorder(server).record([asked])), asked, tiny_target)
     assert list(folder.iterdir()) == []
     assert 1 <= capsys.readouterr().err.count(f"record: {server.url}: it ") <= 5
 
@@ -245,7 +245,7 @@ def test_a_server_may_end_and_return(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], tiny_target: Target
 ) -> None:
     first, asked = serve(), sequences(30)
-    states = recorder(first).record(asked)
+    states = recorder(first).record([asked])
     recorded = [next(states) for _ in range(3)]
     first.stop()
     threading.Timer(0.5, serve, (first.port,)).start()
@@ -257,7 +257,7 @@ def test_the_others_take_over_from_one_that_is_gone(
 ) -> None:
     gone, well, asked = serve(), serve(), sequences(10)
     gone.stop()
-    same(list(recorder(gone, well).record(asked)), asked, tiny_target)
+    same(list(recorder(gone, well).record([asked])), asked, tiny_target)
 
 
 def test_it_gives_up_when_no_server_answers(
@@ -266,7 +266,7 @@ def test_it_gives_up_when_no_server_answers(
     gone = serve()
     gone.stop()
     with pytest.raises(UserError, match=rf"{gone.url}: it does not answer \(.*refused.*start it as: vllm serve"):
-        list(recorder(gone, patience_s=0.3).record(sequences(3)))
+        list(recorder(gone, patience_s=0.3).record([sequences(3)]))
     assert list(folder.iterdir()) == []
 
 
@@ -328,7 +328,7 @@ def test_a_server_that_is_not_what_is_needed_is_refused(
     server = serve()
     plant(server)
     with pytest.raises(UserError, match=f"record.endpoints = {server.url}: .*{told}"):
-        list(recorder(server).record(sequences(4)))
+        list(recorder(server).record([sequences(4)]))
     assert list(folder.iterdir()) == []
 
 
@@ -336,7 +336,7 @@ def test_longer_sequences_than_a_server_takes_are_told(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder]
 ) -> None:
     with pytest.raises(UserError, match="it takes 63 tokens, and a conversation has 64; start it with a larger"):
-        list(recorder(serve()).record([np.arange(64)]))
+        list(recorder(serve()).record([[np.arange(64)]]))
 
 
 def test_a_folder_that_is_not_the_servers_is_told(
@@ -347,7 +347,7 @@ def test_a_folder_that_is_not_the_servers_is_told(
     server.folder.mkdir()
     told = f"record.states_folder = {folder}: the states that {server.url} says are in /as/the/server/sees/it are not"
     with pytest.raises(UserError, match=told):
-        list(recorder(server).record(sequences(1)))
+        list(recorder(server).record([sequences(1)]))
 
 
 def test_what_a_killed_recorder_left_goes_and_what_a_living_one_needs_stays(folder: Path) -> None:

@@ -132,7 +132,7 @@ def test_float32_is_transformers_although_the_server_is_killed_and_restarted(
 ) -> None:
     engine = engines["float32"]
     recorder = VllmRecorder(engine.settings, load_ends(engine.settings.target))
-    recording = recorder.record([ids for ids, _ in conversations])
+    recording = recorder.record([[ids for ids, _ in conversations]])
     recorded = [next(recording) for _ in range(6)]
     capsys.readouterr()  # it waited while the server started, and said so
     engine.kill()
@@ -157,7 +157,7 @@ def test_another_recipe_is_refused(engines: dict[str, Engine], conversations: li
     other = replace(settings, target=replace(settings.target, layers=(1, 8, 12)))
     recorder = VllmRecorder(other, load_ends(other.target))
     with pytest.raises(UserError, match="it serves embedded@2-8-13-16 and not embedded@2-9-13-16; start it as: vllm"):
-        list(recorder.record([conversations[0][0]]))
+        list(recorder.record([[conversations[0][0]]]))
 
 
 def test_bfloat16_is_transformers_up_to_rounding_and_the_router_flips_that_come_of_it(
@@ -165,7 +165,7 @@ def test_bfloat16_is_transformers_up_to_rounding_and_the_router_flips_that_come_
 ) -> None:
     settings = engines["bfloat16"].settings
     target = load_target(settings.target)
-    recorded = list(VllmRecorder(settings, load_ends(settings.target)).record([ids for ids, _ in conversations]))
+    recorded = list(VllmRecorder(settings, load_ends(settings.target)).record([[ids for ids, _ in conversations]]))
     differences, flips, choices = list[Tensor](), 0, 0
     for states, (ids, _) in zip(recorded, conversations, strict=True):
         ours, output = routed(target, ids)
