@@ -15,6 +15,7 @@ module             what it does
 ``prepare``        stage 1: choose the prompts and split them
 ``regenerate``     stage 2: let the target answer them, in process or on servers
 ``dialogue``       one conversation on its way through its turns
+``client``         requests to one server, and what there is instead of an answer
 ``endpoints``      one OpenAI-compatible server, and what its troubles mean
 ``servers``        several of them, kept busy while some fail, go away and come back
 ``record``         stage 3: run the target over prompt and answer, keep its hidden states

@@ -21,7 +21,8 @@ from ..configs.settings import RecordSettings, Settings
 from ..models import costs
 from ..models.costs import Micro
 from ..models.draft import DraftConfig
-from ..models.shapes import TargetShape, draft_config, read_shape
+from ..models.shapes import TargetShape, draft_config
+from ..models.target_files import read_shape
 from .files import encode_json
 from .store import MANIFEST, read_manifest
 from .units import in_bytes

@@ -265,7 +265,7 @@ def test_it_gives_up_when_no_server_answers(
 ) -> None:
     gone = serve()
     gone.stop()
-    with pytest.raises(UserError, match=rf"{gone.url}: it does not answer \(.*refused.*start it as: vllm serve"):
+    with pytest.raises(UserError, match=rf"{gone.url}: it cannot be reached \(.*refused.*start it as: vllm serve"):
         list(recorder(gone, patience_s=0.3).record([sequences(3)]))
     assert list(folder.iterdir()) == []
 
