@@ -38,6 +38,7 @@ from .launch import any_rank, gather_parameters, make_accelerator
 from .module import Trained, TrainingTimeTest, parameter_groups, warm_draft
 from .progress import TrainProgress
 from .samples import Recorded, Samples, Streamed
+from .state import WEIGHT, restore
 from .validate import Tally, Validation, validation_parts
 
 DONE, BEST, METRICS, CHECKPOINTS = "done.json", "progress.json", "metrics.jsonl", "checkpoints"
@@ -112,6 +113,7 @@ class Trainer:
             draft = warm
         self._origin = None if chosen.warm_start is None else file_sha256(Path(chosen.warm_start) / WEIGHTS)
         self.config, self.vocabulary = draft.config, draft.draft_ids.clone() if draft.mapped else None
+        self._saved = self._newest(draft)
         embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
@@ -159,7 +161,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         keep = self.settings.train.keep_checkpoints
-        checkpoint.save(self.accelerator, self.folder / CHECKPOINTS, step, keep)
+        checkpoint.save(self.accelerator, self.module, self.optimizer, self.folder / CHECKPOINTS, step, keep)
         self._cover(step)
 
     def _cover(self, step: int) -> None:
@@ -199,7 +201,7 @@ class Trainer:
         return {
             "step": batch.step,
             "epoch": batch.epoch,
-            "loss": round(loss, 5),
+            "loss": round(loss, 7),
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
             "grad_norm": round(norm, 4),
@@ -245,12 +247,23 @@ class Trainer:
         trained = self.best | {"objective": chosen.objective, "ttt_steps": chosen.ttt_steps, "warm_start": self._origin}
         return {"eagle3_target": {key: target[key] for key in kept}, "eagle3_training": trained}
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint; returns the steps behind it. Later lines of metrics.jsonl are dropped."""
+    def _newest(self, draft: Eagle3Draft) -> tuple[int, dict[str, Tensor]]:
+        """The steps behind the newest checkpoint, and its state, whose weights the head now has; 0 where there is none."""
         found = checkpoint.checkpoints(self.folder / CHECKPOINTS)
-        step = checkpoint.step_of(found[-1]) if found else 0
-        if found:
-            self.accelerator.load_state(str(found[-1]))
+        if not found:
+            return 0, {}
+        state = checkpoint.read(found[-1], draft)
+        draft.load_state_dict(
+            draft.state_dict() | {name: state[f"{name}/{WEIGHT}"] for name, _ in draft.named_parameters()}
+        )
+        return checkpoint.step_of(found[-1]), state
+
+    def _resume(self) -> int:
+        """Go on from the newest checkpoint; returns the steps behind it. Later lines of metrics.jsonl are dropped."""
+        step, state = self._saved
+        if step:
+            restore(self.module, self.optimizer, state, step)
+        self._saved = (step, {})
         if self.accelerator.is_main_process:
             log, best = self.folder / METRICS, self.folder / BEST
             lines = log.read_bytes().splitlines(keepends=True) if step and log.exists() else []
