@@ -109,6 +109,36 @@ def test_a_run_goes_on_under_other_ranks_and_stages(
     assert losses(run_dir) == [pytest.approx(loss, rel=1e-3) for loss in losses(alone)]
 
 
+@pytest.mark.slow
+def test_bfloat16_under_zero_goes_on_exactly(
+    launch: Callable[..., subprocess.Popen[str]], run_dir: Path, tmp_path: Path
+) -> None:
+    """The float32 weights that DeepSpeed keeps beside the head's own come back, too."""
+    undisturbed = Path(shutil.copytree(run_dir, tmp_path / "undisturbed"))
+    on_gpus = str(ROOT / "configs/accelerate/8gpu.yaml")
+    bfloat16 = [
+        *ACCELERATE[:2],
+        "--config_file",
+        on_gpus,
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29625",
+    ]
+    first = launch(bfloat16)
+    after(run_dir, 7, first)
+    os.kill(trainers(first)[0], signal.SIGTERM)
+    first.communicate(timeout=400)
+    for name in (run_dir.name, undisturbed.name):
+        process = launch(bfloat16, f"run.name={name}")
+        said, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, said
+    assert losses(run_dir) == losses(undisturbed)
+    ours, theirs = (load_draft(folder / "draft").state_dict() for folder in (run_dir, undisturbed))
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+
+
 def after(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Wait until a step is logged."""
     log, deadline = run_dir / "train" / "metrics.jsonl", time.monotonic() + 120

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -127,6 +131,32 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     loop.train(short, run_dir)
     assert lines_of(run_dir) == lines_of(trained)
     assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(short: Settings, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, once in every seven steps."""
+    longer = replace(short, train=replace(short.train, epochs=15, keep_checkpoints=1))
+    undisturbed, killed = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("undisturbed", "killed"))
+    loop.train(longer, undisturbed)
+    random, fork = Random(0), multiprocessing.get_context("fork")
+    for number in range(11):
+        process = fork.Process(target=loop.train, args=(longer, killed))
+        process.start()
+        if number < 10:
+            wait_for_step(killed, 7 * number + random.randint(1, 7), process)
+            time.sleep(0.02 * random.random())
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if number < 10 else 0)
+    assert lines_of(killed) == lines_of(undisturbed)
+    assert all(torch.equal(tensor, weights_of(undisturbed)[name]) for name, tensor in weights_of(killed).items())
+
+
+def wait_for_step(run_dir: Path, step: int, process: BaseProcess) -> None:
+    log = run_dir / "train" / "metrics.jsonl"
+    while process.is_alive() and not (log.exists() and f'"step": {step},' in log.read_text()):
+        time.sleep(0.001)
 
 
 def test_accumulated_micro_batches_are_the_batch(short: Settings, trained: Path, run_dir: Path) -> None:
