@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from .eval import stage as evaluation
     from .models import target as targets
     from .models import target_files
-    from .train import loop
+    from .train import stage as training
 else:
     inspection = Lazy("eagle3.data.inspection")
     plan, plan_table = Lazy("eagle3.data.plan"), Lazy("eagle3.data.plan_table")
     export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
     imports = Lazy("eagle3.eval.imports")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
-    record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
+    record, training = Lazy("eagle3.data.record"), Lazy("eagle3.train.stage")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
     target_files = Lazy("eagle3.models.target_files")
 
@@ -104,7 +104,7 @@ STAGES = {
     "train": Stage(
         "train the draft head",
         lambda run: (run.folder / "train" / "done.json").exists(),
-        lambda run: loop.train(run.settings, run.folder),
+        lambda run: training.train(run.settings, run.folder),
         ("run", "draft", "train", "eval"),
     ),
     "eval": Stage(

@@ -83,6 +83,7 @@ LIMITS = {
     "train.warmup": SHARE,
     "train.clip": POSITIVE,
     "train.validate_every": _least(1),
+    "train.patience": _least(1),
     "train.keep_checkpoints": _least(1),
     "eval.chain": _least(1),
     "eval.temperatures": NOT_NEGATIVE,

@@ -177,6 +177,8 @@ class TrainSettings:
     """Folder of a head to go on from, such as a run's draft/ or one that `eagle3 import` wrote; its vocabulary is kept."""
     validate_every: int = 100
     """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
+    patience: int | None = None
+    """Validations in a row without a better head after which training ends early. Default: it never does."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept beside the best head."""
     tracker: str = "disabled"

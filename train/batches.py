@@ -2,7 +2,7 @@
 
     schedule = Schedule(samples.passes, samples.lengths, batch_tokens=4096, seed=0)
     for batch in schedule.from_step(0):                      # Batch(step=1, epoch=0, samples=(17, 3, ...)), ...
-        parts = divide(batch.samples, samples.lengths, ranks * accumulation)
+        parts = divide(batch.samples, rows, ranks * accumulation)    # supervised rows of each sample
         collate([samples[index] for index in parts[rank]])   # RolloutBatch
 
 The batches of a pass are a pure function of seed, pass, lengths and ``batch_tokens``. How many ranks and accumulation
@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,18 +26,10 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.shards import StoreSample
 from ..data.store import Store
 from ..models.rollout import RolloutBatch
-from .samples import Pass
+from .samples import Batch, Pass, check_finite
 
 SOME_TOKENS = 16384
 POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
-
-
-class Batch(NamedTuple):
-    """One optimiser step, counted from 1, in an epoch, counted from 0: the store's indices of its samples."""
-
-    step: int
-    epoch: int
-    samples: tuple[int, ...]
 
 
 def plan_pass(lengths: Sequence[int], batch_tokens: int, seed: int, number: int) -> list[tuple[int, ...]]:
@@ -115,21 +106,21 @@ class Schedule:
         return plan_pass(lengths, self.batch_tokens, self.seed, number)
 
 
-def divide(samples: Sequence[int], lengths: Mapping[int, int] | Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """Split a batch, longest sample first, into ``parts`` of about as many tokens each; small batches leave some empty.
+def divide(samples: Sequence[int], weights: Mapping[int, int], parts: int) -> list[tuple[int, ...]]:
+    """Split a batch, in order, into ``parts`` of about the same weight each; small batches leave some empty.
 
     Args:
-        samples: the store's indices.
-        lengths: tokens of every sample of the store, by its index.
+        samples: their indices.
+        weights: of each, by its index: 0 or more.
         parts: ranks times accumulation steps.
     """
-    total = sum(lengths[sample] for sample in samples)
+    total = sum(weights[sample] for sample in samples) + len(samples)
     divided: list[list[int]] = [[] for _ in range(parts)]
     before = 0
     for sample in samples:
-        middle = before + lengths[sample] / 2
-        divided[int(middle * parts / total)].append(sample)
-        before += lengths[sample]
+        weight = weights[sample] + 1  # so that those of no weight are dealt out, too
+        divided[int((before + weight / 2) * parts / total)].append(sample)
+        before += weight
     return [tuple(part) for part in divided]
 
 
@@ -153,6 +144,7 @@ def some_states(store: Store) -> tuple[Tensor, Tensor]:
     states, tokens = [], []
     for index in store.indices("train") or store.indices("validation"):
         sample = store[index]
+        check_finite(sample)
         states.append(sample.features)
         tokens.append(sample.input_ids.long())
         if sum(map(len, tokens)) >= SOME_TOKENS:

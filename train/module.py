@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,16 +44,6 @@ class TrainingTimeTest(nn.Module):
         outputs = rollout(self.draft, embedding, batch, self.settings.ttt_steps)
         results = objective(self.draft, outputs, batch, lm_head, self.settings.objective)
         return Trained(weighted(results, self.settings.step_decay), outputs, results)
-
-
-def parameter_groups(draft: Eagle3Draft, scale: Tensor) -> list[dict[str, Any]]:
-    """The optimiser's groups, each with the ``scale`` of its learning rate.
-
-    Adam moves every weight by about the learning rate, whatever its gradient. What that does to the output of ``fc``
-    grows with the features, which differ a hundredfold between targets: its rate is divided by their ``scale [F]``.
-    """
-    rest = [parameter for name, parameter in draft.named_parameters() if name != "fc.weight"]
-    return [{"params": rest, "scale": 1.0}, {"params": [draft.fc.weight], "scale": 1.0 / float(scale.mean())}]
 
 
 def warm_draft(settings: Settings, store: Store) -> Eagle3Draft:

@@ -7,10 +7,12 @@ are there, and those of a spool go once a checkpoint covers all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, NoReturn, Protocol
 
 from torch import Tensor
 
+from ..configs.errors import Incomplete, UserError
 from ..data.shards import StoreSample
 from ..data.spool import SpoolReader
 from ..data.store import Store
@@ -21,6 +23,14 @@ class Pass(NamedTuple):
 
     epoch: int
     samples: Sequence[int]
+
+
+class Batch(NamedTuple):
+    """One optimiser step, counted from 1, in an epoch, counted from 0: the indices of its samples."""
+
+    step: int
+    epoch: int
+    samples: tuple[int, ...]
 
 
 class Samples(Protocol):
@@ -95,3 +105,31 @@ class Streamed:
     def covered(self, passes: int) -> None:
         """Delete the shards of these passes."""
         self._reader.acknowledge(min(passes * self._window, self._reader.shards))
+
+
+def check_finite(sample: StoreSample) -> None:
+    """Refuse a sample whose states no target can have computed."""
+    if not (sample.features.isfinite().all() and sample.last_hidden.isfinite().all()):
+        remedy = "find its shard with eagle3 inspect --verify, delete that, and run eagle3 record again"
+        raise UserError("store", f"sample {sample.id}", "it has states that are not finite", remedy)
+
+
+def refuse(source: Samples | Store, indices: Sequence[int], loss: str, checkpoints: Sequence[Path]) -> NoReturn:
+    """Say why a loss is not finite.
+
+    Args:
+        source: that holds the samples.
+        indices: whose loss it is.
+        loss: which, and what it is.
+        checkpoints: the newest, if there is one.
+
+    Raises:
+        UserError: one of the samples is damaged.
+        Incomplete: none is.
+    """
+    for index in indices:
+        check_finite(source[index])
+    names = ", ".join(source[index].id for index in indices[:8])
+    kept = f"the last good checkpoint is {checkpoints[0]}" if checkpoints else "there is no checkpoint yet"
+    count = f"its {len(indices)} samples begin with" if len(indices) > 8 else "its samples are"
+    raise Incomplete(f"{loss}; {count} {names}; {kept}; lower train.learning_rate")

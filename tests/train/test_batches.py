@@ -69,7 +69,7 @@ def test_passes_of_one_epoch_follow_each_other() -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 64])
 def test_dividing_loses_nothing_and_balances_tokens(parts: int) -> None:
     batch = plan_pass(LENGTHS, 2048, seed=0, number=0)[0]
-    divided = divide(batch, LENGTHS, parts)
+    divided = divide(batch, dict(enumerate(LENGTHS)), parts)
     assert len(divided) == parts
     assert tuple(sample for part in divided for sample in part) == batch
     tokens = [sum(LENGTHS[sample] for sample in part) for part in divided]

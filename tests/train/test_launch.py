@@ -19,7 +19,7 @@ from eagle3.configs import loader
 from eagle3.configs.settings import Settings
 from eagle3.models.checkpoint import load_draft
 from eagle3.models.formats import FORMATS
-from eagle3.train import loop
+from eagle3.train.stage import train
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -57,7 +57,7 @@ def longer(short: Settings) -> Settings:
 def alone(longer: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run trained by one process."""
     run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("alone") / "run"))
-    loop.train(longer, run_dir)
+    train(longer, run_dir)
     return run_dir
 
 

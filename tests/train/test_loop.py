@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,10 +24,13 @@ from eagle3.data.files import file_sha256
 from eagle3.data.store import Store
 from eagle3.models.checkpoint import load_draft, save_draft
 from eagle3.models.draft import Eagle3Draft
-from eagle3.train import checkpoint, loop
+from eagle3.models.rollout import RolloutBatch
+from eagle3.train import batches, checkpoint, loop
+from eagle3.train.feed import Planned
+from eagle3.train.stage import train
 from eagle3.train.validate import Tally, validation_parts
 
-TIMING = {"tokens_per_s"}
+TIMING = {"tokens_per_s", "tflop_per_s", "waited"}
 
 
 def lines_of(run_dir: Path) -> list[dict]:
@@ -43,7 +46,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 def trained(short: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained without an interruption."""
     run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "run"))
-    loop.train(short, run_dir)
+    train(short, run_dir)
     return run_dir
 
 
@@ -54,10 +57,10 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def stop_at(step: int) -> None:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
-            if batch.step == step:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+            if planned.batch.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return take(trainer, batch)
+            return take(trainer, planned, parts)
 
         monkeypatch.setattr(loop.Trainer, "_step", stepping)
 
@@ -94,7 +97,7 @@ def test_only_the_newest_checkpoints_stay(short: Settings, trained: Path) -> Non
 
 def test_a_trained_run_is_left_alone(short: Settings, trained: Path) -> None:
     before = (trained / "train" / "metrics.jsonl").stat().st_mtime_ns
-    loop.train(short, trained)
+    train(short, trained)
     assert (trained / "train" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -104,9 +107,9 @@ def test_a_stopped_run_goes_on_to_the_same_head(
 ) -> None:
     stopping(step)
     with pytest.raises(Interrupted, match=f"step {step} of .* is saved; resume with: eagle3 train .*config.yaml"):
-        loop.train(short, run_dir)
+        train(short, run_dir)
     stopping(-1)
-    loop.train(short, run_dir)
+    train(short, run_dir)
     assert lines_of(run_dir) == lines_of(trained)
     assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
@@ -118,17 +121,17 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patch:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
-            if batch.step == 7:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+            if planned.batch.step == 7:
                 raise KeyboardInterrupt
-            return take(trainer, batch)
+            return take(trainer, planned, parts)
 
         patch.setattr(loop.Trainer, "_step", stepping)
         with pytest.raises(KeyboardInterrupt):
-            loop.train(short, run_dir)
+            train(short, run_dir)
     with (run_dir / "train" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "lo')
-    loop.train(short, run_dir)
+    train(short, run_dir)
     assert lines_of(run_dir) == lines_of(trained)
     assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
@@ -138,10 +141,10 @@ def test_ten_kills_leave_no_trace(short: Settings, finished: Path, tmp_path: Pat
     """SIGKILL at random moments, once in every seven steps."""
     longer = replace(short, train=replace(short.train, epochs=15, keep_checkpoints=1))
     undisturbed, killed = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("undisturbed", "killed"))
-    loop.train(longer, undisturbed)
+    train(longer, undisturbed)
     random, fork = Random(0), multiprocessing.get_context("fork")
     for number in range(11):
-        process = fork.Process(target=loop.train, args=(longer, killed))
+        process = fork.Process(target=train, args=(longer, killed))
         process.start()
         if number < 10:
             wait_for_step(killed, 7 * number + random.randint(1, 7), process)
@@ -161,7 +164,7 @@ def wait_for_step(run_dir: Path, step: int, process: BaseProcess) -> None:
 
 def test_accumulated_micro_batches_are_the_batch(short: Settings, trained: Path, run_dir: Path) -> None:
     """Three micro-batches, of which the last of an epoch may be empty."""
-    loop.train(replace(short, train=replace(short.train, accumulation=3)), run_dir)
+    train(replace(short, train=replace(short.train, accumulation=3)), run_dir)
     for ours, whole in zip(lines_of(run_dir), lines_of(trained), strict=True):
         if "loss" in whole:
             assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-3)
@@ -177,8 +180,49 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
 
     forward = loop.TrainingTimeTest.forward
     monkeypatch.setattr(loop.TrainingTimeTest, "forward", losing)
-    with pytest.raises(Incomplete, match=r"the loss of step 1 is nan; its batch begins with train-\d+"):
-        loop.train(short, run_dir)
+    said = r"the loss of step 1 is nan; its samples are train-\d+, .*; there is no checkpoint yet; lower"
+    with pytest.raises(Incomplete, match=said):
+        train(short, run_dir)
+
+
+@pytest.mark.parametrize(("split", "early"), [("train", True), ("train", False), ("validation", True)])
+def test_a_damaged_sample_is_named(
+    short: Settings, run_dir: Path, split: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shard has it whose flipped bits nobody looked for."""
+    store = Store(run_dir / "store")
+    sample = store[store.indices(split)[2]]
+    shard = next(
+        path for path in (run_dir / "store").glob("shard-*.safetensors") if sample.id.encode() in path.read_bytes()
+    )
+    state = sample.features[len(sample.input_ids) - 3, 1].contiguous().view(torch.uint8).numpy().tobytes()
+    content = shard.read_bytes()
+    assert content.count(state) == 1
+    shard.write_bytes(content.replace(state, b"\xc0\x7f" + state[2:]))
+    if not early:  # nor did the first samples, after which the head's weights are scaled, hold it
+        monkeypatch.setattr(batches, "check_finite", lambda sample: None)
+        monkeypatch.setattr(loop, "begin", lambda *inputs: None)
+    with pytest.raises(UserError, match=f"store = sample {sample.id}: it has states that are not finite; find its"):
+        train(short, run_dir)
+
+
+def test_a_head_that_gets_no_better_ends_the_run(short: Settings, run_dir: Path) -> None:
+    """The run goes no further when it is started again either."""
+    stubborn = replace(short, train=replace(short.train, learning_rate=1e-12, epochs=20, patience=2))
+    train(stubborn, run_dir)
+    done = json.loads((run_dir / "train" / "done.json").read_text())
+    assert (done["step"], done["steps"]) == (0, 2 * short.train.validate_every)
+    (run_dir / "train" / "done.json").unlink()
+    train(stubborn, run_dir)
+    assert json.loads((run_dir / "train" / "done.json").read_text()) == done
+
+
+def test_a_run_killed_behind_its_last_checkpoint_is_done(short: Settings, trained: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run_dir / "train" / "done.json").unlink()
+    train(short, run_dir)
+    for name in ("done.json", "metrics.jsonl"):
+        assert (run_dir / "train" / name).read_bytes() == (trained / "train" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -194,11 +238,11 @@ def test_changed_settings_are_refused(
 ) -> None:
     other = replace(short, **{section: replace(getattr(short, section), **values)})
     with pytest.raises(UserError, match=f"{setting} = .*was made with.*set it back"):
-        loop.train(other, trained)
+        train(other, trained)
 
 
 def test_how_a_run_is_kept_and_logged_may_change(short: Settings, trained: Path) -> None:
-    loop.train(replace(short, train=replace(short.train, keep_checkpoints=1, accumulation=2)), trained)
+    train(replace(short, train=replace(short.train, keep_checkpoints=1, accumulation=2)), trained)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +259,16 @@ def test_what_does_not_fit_the_store_is_refused(
 ) -> None:
     other = replace(short, **{section: replace(getattr(short, section), **values)})
     with pytest.raises(UserError, match=message):
-        loop.train(other, run_dir)
+        train(other, run_dir)
 
 
 def test_there_is_nothing_to_train_on_without_a_store(short: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run eagle3 record first"):
-        loop.train(short, tmp_path)
+        train(short, tmp_path)
 
 
 def test_offline_tracking_leaves_a_record(short: Settings, run_dir: Path) -> None:
-    loop.train(replace(short, train=replace(short.train, epochs=1, tracker="offline")), run_dir)
+    train(replace(short, train=replace(short.train, epochs=1, tracker="offline")), run_dir)
     assert list((run_dir / "wandb").glob("offline-run-*"))
 
 
@@ -287,14 +331,14 @@ def test_a_warm_start_begins_where_the_head_is_and_keeps_its_vocabulary(
     short: Settings, trained: Path, shifted: Path, run_dir: Path
 ) -> None:
     settings = replace(short, train=replace(short.train, warm_start=str(shifted), epochs=1))
-    loop.train(settings, run_dir)
+    train(settings, run_dir)
     lines = lines_of(run_dir)
     cold, warm = lines_of(trained)[0]["validation"], lines[0]["validation"]
     assert warm["loss"] < 0.9 * cold["loss"]
     assert torch.equal(load_draft(run_dir / "draft").draft_ids, load_draft(shifted).draft_ids)
     noted = json.loads((run_dir / "draft" / "config.json").read_text())["eagle3_training"]
     assert noted["warm_start"] == file_sha256(shifted / "model.safetensors")
-    loop.train(settings, run_dir)  # done, and still the same
+    train(settings, run_dir)  # done, and still the same
 
 
 @pytest.mark.parametrize(
@@ -313,7 +357,7 @@ def test_a_warm_start_of_another_shape_is_refused(
 ) -> None:
     started = replace(short, train=replace(short.train, warm_start=str(shifted)))
     with pytest.raises(UserError, match=f"train.warm_start = .*{said}"):
-        loop.train(replace(started, **{section: replace(getattr(started, section), **changes)}), run_dir)
+        train(replace(started, **{section: replace(getattr(started, section), **changes)}), run_dir)
 
 
 def test_a_warm_start_from_other_layers_or_from_nowhere_is_refused(
@@ -325,4 +369,4 @@ def test_a_warm_start_from_other_layers_or_from_nowhere_is_refused(
     for path, said in (("other", r"its target_layers is \(0, 3, 4\), and the store's \(1, 3, 4\); "), ("none", "")):
         settings = replace(short, train=replace(short.train, warm_start=str(tmp_path / path)))
         with pytest.raises(UserError, match=said or "draft = .*none/config.json: there is no such file"):
-            loop.train(settings, run_dir)
+            train(settings, run_dir)

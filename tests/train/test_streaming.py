@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,15 @@ from eagle3.data.shards import StoreSample
 from eagle3.data.spool import SPOOL, SpoolReader, consumed
 from eagle3.data.store import Store
 from eagle3.models.checkpoint import load_draft
+from eagle3.models.rollout import RolloutBatch
 from eagle3.models.target import Target
 from eagle3.train import loop
+from eagle3.train.feed import Planned
 from eagle3.train.samples import Streamed
+from eagle3.train.stage import train
 
 LIMIT = 4
+TIMING = {"tokens_per_s", "tflop_per_s", "waited"}
 DEADLINE = 120.0  # seconds after which a test that hangs fails
 
 
@@ -141,12 +145,13 @@ def test_a_trainer_sees_what_an_offline_one_sees(
     run_dir, seen = tmp_path / "run", dict[int, list[str]]()
     take = loop.Trainer._step
 
-    def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
-        seen[batch.step] = [digest(trainer.samples[index]) for index in batch.samples]
-        if batch.step == 5 and not killed:
-            killed.append(batch.step)
+    def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+        step, _, samples = planned.batch
+        seen[step] = [digest(trainer.samples[index]) for index in samples]
+        if step == 5 and not killed:
+            killed.append(step)
             raise KeyboardInterrupt
-        return take(trainer, batch)
+        return take(trainer, planned, parts)
 
     killed: list[int] = []
     monkeypatch.setattr(loop.Trainer, "_step", stepping)
@@ -155,9 +160,9 @@ def test_a_trainer_sees_what_an_offline_one_sees(
     kill(recorder)
     side("record")
     with pytest.raises(KeyboardInterrupt):
-        loop.train(streamed, run_dir)
+        train(streamed, run_dir)
     assert not (run_dir / "train" / "done.json").exists()
-    loop.train(streamed, run_dir)
+    train(streamed, run_dir)
     assert [found for step in sorted(seen) for found in seen[step]] == expected
     until(lambda: recorded(streamed, run_dir))
     assert consumed(run_dir / SPOOL) == recorded_shards(run_dir) > 2 * LIMIT
@@ -189,7 +194,7 @@ def test_both_are_killed_and_end_with_the_same_head(
 
 def lines_of(run_dir: Path) -> list[dict]:
     lines = map(json.loads, (run_dir / "train" / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
 def test_what_is_recorded_for_training_is_not_in_the_store(offline: Path, finished: Path) -> None:
@@ -203,11 +208,11 @@ def test_what_is_recorded_for_training_is_not_in_the_store(offline: Path, finish
 
 def test_an_offline_spool_trains(short: Settings, offline: Path, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(offline, tmp_path / "run"))
-    loop.train(of_spool(short, 100), run_dir)
+    train(of_spool(short, 100), run_dir)
     assert (run_dir / "draft" / "config.json").exists()
     assert not list((run_dir / SPOOL).glob("*.safetensors"))
 
 
 def test_a_store_of_the_other_kind_is_refused(short: Settings, offline: Path, finished: Path) -> None:
     with pytest.raises(UserError, match="record.spool_shards = None: .*was recorded with 100"):
-        loop.train(replace(short, record=replace(of_spool(short, 100).record, spool_shards=None)), offline)
+        train(replace(short, record=replace(of_spool(short, 100).record, spool_shards=None)), offline)
