@@ -38,10 +38,10 @@ from transformers.utils.hub import cached_file
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
 from .shapes import TargetShape
-from .target import DTYPES, located, opened, refusing, weights_sha256
+from .target import DTYPES, located, opened, refusing
 from .target_info import TargetHead, TargetInfo, captured_layers, configured, describe, find_decoder
+from .weights import INDEX, SINGLE, weights_sha256
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end with in every layout
 #: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others.
 PREFIXES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
