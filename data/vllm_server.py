@@ -16,6 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Unavailable(Exception):
 class Capture:
     """What is asked of every server.
 
-    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command`` starts it.
+    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command()`` starts it; to say
+    how takes a look at all conversations.
     """
 
     ends: TargetEnds
@@ -53,7 +55,7 @@ class Capture:
     states: int
     folder: Path
     patience_s: float
-    command: str
+    command: Callable[[], str]
 
 
 class VllmServer:
@@ -195,4 +197,4 @@ class VllmServer:
 
     def refused(self, problem: str, remedy: str | None = None) -> UserError:
         """What the user is told; the remedy is to start it as the recipe needs it, unless another is given."""
-        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command}")
+        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command()}")
