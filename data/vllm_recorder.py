@@ -28,6 +28,7 @@ import numpy as np
 from ..configs.errors import UserError
 from ..configs.settings import Settings
 from ..models.target_files import TargetEnds
+from ..models.target_info import TargetText
 from .recorders import States
 from .vllm_launch import launch_command, layer_ids, served_name
 from .vllm_server import Capture, Unavailable, VllmServer
@@ -48,7 +49,11 @@ class VllmRecorder:
         recipe, info = settings.record, ends.info
         ids = layer_ids(info.layers, info.num_layers)
         self._ends, self._folder, self._patience_s = ends, Path(recipe.states_folder), recipe.patience_s
-        command = shlex.join(launch_command(settings, info.layers, info.num_layers))
+        text = TargetText(ends.tokenizer, info.eos_ids, info.max_positions)
+
+        def command() -> str:
+            return shlex.join(launch_command(settings, info.layers, info.num_layers, text))
+
         capture = Capture(ends, served_name(settings, ids), len(ids), self._folder, recipe.patience_s, command)
         servers = [VllmServer(url, capture) for url in recipe.endpoints]
         # A server stands in the queue once for each sequence that it can take.

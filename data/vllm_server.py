@@ -12,6 +12,7 @@ import fcntl
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ class Unavailable(Exception):
 class Capture:
     """What is asked of every server.
 
-    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command`` starts it.
+    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command()`` starts it; to say
+    how takes a look at all conversations.
     """
 
     ends: TargetEnds
@@ -49,7 +51,7 @@ class Capture:
     states: int
     folder: Path
     patience_s: float
-    command: str
+    command: Callable[[], str]
 
 
 class VllmServer:
@@ -177,4 +179,4 @@ class VllmServer:
 
     def refused(self, problem: str, remedy: str | None = None) -> UserError:
         """What the user is told; the remedy is to start it as the recipe needs it, unless another is given."""
-        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command}")
+        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command()}")

@@ -29,7 +29,7 @@ from eagle3.data.conversations import Conversation
 from eagle3.data.recorders import States
 from eagle3.data.vllm_launch import launch_command
 from eagle3.data.vllm_recorder import VllmRecorder
-from eagle3.models.target import Target, TargetOutput, load_target
+from eagle3.models.target import Target, TargetOutput, load_target, load_text
 from eagle3.models.target_files import layers_of, load_ends
 from eagle3.models.target_info import find_decoder
 from torch import Tensor
@@ -54,7 +54,8 @@ class Engine:
         record = replace(settings.record, endpoints=(f"http://127.0.0.1:{port}",), states_folder=str(folder / "states"))
         self.settings = replace(settings, record=record)
         self._log = folder / "vllm.log"
-        _, _, model, *options, handover = launch_command(self.settings, *layers_of(settings.target))
+        text = load_text(settings.target)
+        _, _, model, *options, handover = launch_command(self.settings, *layers_of(settings.target), text)
         connector = {"kv_connector": "CpuHiddenStatesConnector", "kv_connector_module_path": "cpu_connector"}
         self._command = [
             str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options,
@@ -84,7 +85,8 @@ class Engine:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
     """One in float32, and one in bfloat16 that captures every layer; they start at the same time."""
-    tiny = load("tiny", [f"record.patience_s={PATIENCE_S}", "record.in_flight=4", "prepare.max_prompt_tokens=640"])
+    chosen = [f"record.patience_s={PATIENCE_S}", "record.in_flight=4", "prepare.max_prompt_tokens=640", "run.name=none"]
+    tiny = load("tiny", chosen)
     targets = {"float32": TargetSettings(), "bfloat16": TargetSettings(dtype="bfloat16", layers=tuple(range(16)))}
     started = {
         name: Engine(replace(tiny, target=target), tmp_path_factory.mktemp(name)) for name, target in targets.items()
