@@ -77,6 +77,13 @@ class _Hashing:
         self._lock = threading.Lock()
 
     def checksum(self, path: Path) -> str:
+        try:
+            return self._checksum(path)
+        except BaseException:
+            self.abandoned = True  # results are asked for in order, and this file's may be the last
+            raise
+
+    def _checksum(self, path: Path) -> str:
         with path.open("rb") as file:
             note, found, began = _note_of(path, file), os.fstat(file.fileno()), time.time_ns()
             if known := _noted(note):
