@@ -68,9 +68,10 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make ``folder`` where it is missing; UserError where that cannot be."""
+    """Make ``folder`` where it is missing, so that a power cut does not take it; UserError where that cannot be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
     except OSError as error:
         raise unwritable(folder, error) from error
 
