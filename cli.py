@@ -86,7 +86,7 @@ STAGES = {
     "prepare": Stage(
         "choose the prompts and split them",
         lambda run: prepare.prepared(run.settings, run.folder),
-        lambda run: prepare.prepare(run.settings, run.folder, run.text.tokenizer),
+        lambda run: prepare.prepare(run.settings, run.folder, run.text),
         ("run", "target", "prepare"),
     ),
     "regenerate": Stage(

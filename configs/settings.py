@@ -43,9 +43,9 @@ class PrepareSettings:
     """Where they come from: a .jsonl, .json or .parquet file, a folder or a glob of them; a dataset of the Hugging Face
     hub (owner/name), which is streamed; or "stdlib", questions about the documented functions of the Python standard
     library, split by module. A row holds a question ("prompt"), several in turn ("turns"), or "messages" (OpenAI) or
-    "conversations" (ShareGPT), whose answers the target replaces by its own. It may have a "system" message, a "source"
-    (else its "category", else the file's name) and, in files, an "id" and a "split" (else by a hash of the id, 80 / 8 / 12
-    percent). What cannot be asked, such as images, is counted by reason."""
+    "conversations" (ShareGPT), whose answers the target replaces by its own unless prepare.keep_answers is set. It may
+    have a "system" message, a "source" (else its "category", else the file's name) and, in files, an "id" and a "split"
+    (else by a hash of the id, 80 / 8 / 12 percent). What cannot be asked, such as images, is counted by reason."""
     column: str | None = None
     """The column that holds the conversation, whatever its form. Default: the one of "messages", "conversations",
     "prompt" and "turns" that is there."""
@@ -63,6 +63,12 @@ class PrepareSettings:
     """Conversations on which the report is made; neither target nor draft was trained on them."""
     max_prompt_tokens: int = 512
     """Longer prompts, with all questions of the user that follow, are left out, and counted."""
+    keep_answers: bool = False
+    """Train on the answers that training conversations bring with them, reasoning and calls of tools included as the chat
+    template shows them, instead of letting the target answer anew: for answers that it gave earlier. A conversation
+    without any is answered as ever. Those that the template does not show whole, or of which a turn is longer than
+    regenerate.max_new_tokens, are left out and counted by reason. Validation and test answers are always the target's
+    own, since acceptance is measured on them."""
 
 
 @dataclass(frozen=True)

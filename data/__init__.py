@@ -12,6 +12,7 @@ module             what it does
 ``choice``         choosing in one pass, evenly over the sources
 ``chat``           the target's own chat format
 ``mask``           which tokens of a finished conversation the assistant wrote
+``given``          answers that conversations bring with them
 ``prepare``        stage 1: choose the prompts and split them
 ``regenerate``     stage 2: let the target answer them, in process or on servers
 ``dialogue``       one conversation on its way through its turns

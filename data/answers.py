@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..configs.errors import UserError
-from .conversations import read_conversations, written
+from .conversations import PROMPTS, read_conversations, written
 
 ANSWERS, SUMMARY, FAILED = "answers.jsonl", "answers.summary.json", "failed.jsonl"
+GIVEN = "given"  # a finish
 
 
 class Answer(NamedTuple):
@@ -23,13 +24,15 @@ class Answer(NamedTuple):
 
     Attributes:
         id: of the conversation; ``source`` and ``split`` are its own too.
-        temperature: of all its turns; 0 is greedy.
+        temperature: of all its turns; 0 is greedy. Given answers are taken as sampled at 1: none of their tokens need be
+            the likeliest.
         ids: everything from the first prompt to the end of the last turn.
-        turns: ``[start, end)`` of each turn of the target in ``ids``, the token with which it ended included.
+        turns: ``[start, end)`` of each turn of the target in ``ids``, the token with which it ended included; of given
+            answers, of each turn of the assistant.
         finish: why there is no further turn. ``stop``: all were asked; ``length``: the last was cut at the limit;
             ``full``: the target's positions do not suffice for another; ``rewritten``: the chat template would change
-            what the target said before it asks on.
-        exact: whether ``ids`` are the target's own; a text that was tokenised again may have other ids.
+            what the target said before it asks on; ``given``: the target was not asked (:mod:`.given`).
+        exact: whether ``ids`` are the target's own; a text that was tokenised again may have other ids, a given one, too.
     """
 
     id: str
@@ -79,7 +82,7 @@ def read_finished(folder: Path, vocab_size: int) -> list[Answer]:
     if not (folder / ANSWERS).exists():
         raise UserError("conversations", folder, "it holds no answers", "run eagle3 regenerate first")
     answers = {answer.id: answer for answer in read_answers(folder / ANSWERS)}
-    prompts = read_conversations(folder / "prompts.jsonl")
+    prompts = read_conversations(folder / PROMPTS)
     allowed = (folder / SUMMARY).exists() and (folder / FAILED).exists()
     left_out = {failure.id for failure in read_failures(folder / FAILED)} if allowed else set()
     missing = sum(prompt.id not in answers and prompt.id not in left_out for prompt in prompts)

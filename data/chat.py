@@ -61,7 +61,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -
 
 
 def left_out(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> str | None:
-    """What of ``messages`` the chat template does not show to the target, such as calls of tools; None if it shows all.
+    """What of a conversation the chat template does not show to the target, such as calls of tools; None if it shows all.
 
     Reasoning does not count: templates leave it out of earlier answers on purpose.
 
@@ -77,7 +77,7 @@ def left_out(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
         return new
 
     messages: list[Message] = []
-    for message in conversation.messages:
+    for message in conversation.whole:
         shown = {**message, "content": message["content"] and word(f'the content of "{message["role"]}"')}
         if calls := message.get("tool_calls"):
             shown["tool_calls"] = [
@@ -89,9 +89,10 @@ def left_out(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> 
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, name: str, messages: list[Message]) -> str:
-    """``messages`` and the header of the answer as the template writes them."""
+    """``messages``, and unless they end with one the header of the answer, as the template writes them."""
+    asks = messages[-1]["role"] != "assistant"
     try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
     except TemplateError as error:
         raise TemplateRefusal(name, messages, str(error)) from None
 

@@ -1,19 +1,20 @@
 """Prompts on disk.
 
-``conversations/prompts.jsonl``   {"id", "source", "split", "messages", "follow_ups"}
+``conversations/prompts.jsonl``   {"id", "source", "split", "messages", "follow_ups", "given"}
 
 Where prompts come from: :mod:`.prompts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..configs.errors import UserError
 from .files import read_lines
 
+PROMPTS = "prompts.jsonl"
 SPLITS = ("train", "validation", "test")
 
 #: What a chat template reads: "role" and "content", and where there are such "reasoning_content", "tool_calls", ...
@@ -25,6 +26,8 @@ class Conversation(NamedTuple):
 
     ``messages`` come first, as they are given; the last is the user's, or the result of a tool. When the target has
     answered them, ``follow_ups`` are asked in turn, each after the answer to the one before. ``split`` is one of SPLITS.
+
+    Where the answers are ``given``, one to ``messages`` and one to each of ``follow_ups``, the target is asked nothing.
     """
 
     id: str
@@ -32,6 +35,17 @@ class Conversation(NamedTuple):
     split: str
     messages: list[Message]
     follow_ups: tuple[str, ...] = ()
+    given: tuple[Message, ...] = ()
+
+    @property
+    def whole(self) -> list[Message]:
+        """``messages``, and after them the given answers with the questions between."""
+        whole = list(self.messages)
+        for answer, question in zip(self.given, [*self.follow_ups, None], strict=False):
+            whole.append(answer)
+            if question is not None:
+                whole.append({"role": "user", "content": question})
+        return whole
 
 
 class Found(NamedTuple):
@@ -43,10 +57,16 @@ class Found(NamedTuple):
 
 def read_conversations(path: Path) -> list[Conversation]:
     """The prompts that :mod:`.prepare` chose, in their order."""
-    return [Conversation(**{**row, "follow_ups": tuple(row["follow_ups"])}) for _, row in written(path)]
+    return list(each_conversation(path))
 
 
-def written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterable[tuple[int, dict[str, Any]]]:
+def each_conversation(path: Path) -> Iterator[Conversation]:
+    """The same, one after another."""
+    for _, row in written(path):
+        yield Conversation(**{**row, "follow_ups": tuple(row["follow_ups"]), "given": tuple(row["given"])})
+
+
+def written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of a file of this project, which must hold exactly ``fields``."""
     expected = set(fields)
     for number, row in read_lines(path, "conversations"):

@@ -10,8 +10,8 @@ A turn begins where the target would go on, behind the template's own generation
 mark. No token reaches over an edge: where the tokenizer would merge the end of what the target is given with the beginning
 of what it says, the text is cut, since nothing that the target says can change a token that it was given.
 
-The target's own answers need none of this (:func:`.chat.sequence`); it is for conversations whose given answers are kept,
-which no stage does yet.
+The target's own answers need none of this (:func:`.chat.sequence`); it is for those that are kept as they were given
+(:mod:`.given`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..configs.errors import UserError
 from .chat import Sequence
 from .conversations import Message
+from .messages import Refused
 
+REFUSING = "the target's chat template refuses them"
+UNKNOWN = "of the target's chat template it cannot be made out which part of them the assistant wrote"
 ATTEMPTS = 3  # a template that tells the time may tell another one when it is rendered again
 
 
@@ -38,44 +40,46 @@ class Span(NamedTuple):
     end: int
 
 
-def masked(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Sequence:
-    """The ids of ``messages`` as the template renders them, and which of them the assistant wrote, end-of-turn included.
+class Masking:
+    """What the assistant wrote in conversations, by the chat template of ``tokenizer``, a fast one."""
 
-    Args:
-        tokenizer: a fast one with a chat template.
-        messages: a whole conversation, which ends with an answer. What user, system and tools say is not supervised.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._template = tokenizer, _Template(tokenizer)
 
-    Raises:
-        UserError: assistant messages follow each other, the last message is none, the template refuses the messages,
-            or it cannot be made out where a turn begins or ends, as where no special token ends it.
-    """
-    text, spans = turns(tokenizer, messages)
-    ids, starts = _encode(tokenizer, text, [edge for span in spans for edge in span])
-    loss_mask = np.zeros(len(ids), dtype=bool)
-    for span in spans:
-        loss_mask |= (starts >= span.start) & (starts < span.end)
-    return Sequence(ids, loss_mask)
+    def masked(self, messages: list[Message]) -> Sequence:
+        """The ids of ``messages`` as the template renders them, and which the assistant wrote, end-of-turn included.
 
+        Args:
+            messages: a whole conversation, which ends with an answer. What user, system and tools say is not
+                supervised.
 
-def turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> tuple[str, list[Span]]:
-    """The rendered conversation, and where in it the assistant's turns lie; raises as :func:`masked` does."""
-    roles = [message["role"] for message in messages]
-    if ("assistant", "assistant") in itertools.pairwise(roles):
-        problem, remedy = "two assistant messages follow each other", "join them into one"
-        raise UserError("messages", ", ".join(roles), problem, remedy)
-    if roles[-1:] != ["assistant"]:
-        raise UserError("messages", ", ".join(roles), "the last is no answer", "end with the assistant's")
-    template = _Template(tokenizer)
-    answers = [index for index, role in enumerate(roles) if role == "assistant"]
-    for _ in range(ATTEMPTS):
-        text, spans = template.marked(messages) if template.has_marks else template.compared(messages, answers)
-        if None not in spans and len(spans) == len(answers):
-            return text, [span for span in spans if span]
-    problem = (
-        f"of its chat template it cannot be made out which part of a conversation ({', '.join(roles)}) is written by"
-    )
-    remedy = "mark that with {% generation %}, or end every answer with a special token"
-    raise UserError("target.path", tokenizer.name_or_path, f"{problem} the assistant", remedy)
+        Raises:
+            Refused: assistant messages follow each other, the last message is none, the template refuses the messages,
+                or it cannot be made out where a turn begins or ends, as where no special token ends it.
+        """
+        return self.encoded(*self.turns(messages))
+
+    def turns(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The rendered conversation, and where in it the assistant's turns lie; raises as :meth:`masked` does."""
+        roles = [message["role"] for message in messages]
+        if ("assistant", "assistant") in itertools.pairwise(roles):
+            raise Refused('"assistant" follows "assistant"')
+        if roles[-1:] != ["assistant"]:
+            raise Refused("the last message is no answer")
+        template, answers = self._template, [index for index, role in enumerate(roles) if role == "assistant"]
+        for _ in range(ATTEMPTS):
+            text, spans = template.marked(messages) if template.has_marks else template.compared(messages, answers)
+            if None not in spans and len(spans) == len(answers):
+                return text, [span for span in spans if span]
+        raise Refused(UNKNOWN)
+
+    def encoded(self, text: str, spans: list[Span]) -> Sequence:
+        """What :meth:`turns` found, in tokens."""
+        ids, starts = _encode(self._tokenizer, text, [edge for span in spans for edge in span])
+        loss_mask = np.zeros(len(ids), dtype=bool)
+        for span in spans:
+            loss_mask |= (starts >= span.start) & (starts < span.end)
+        return Sequence(ids, loss_mask)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, edges: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +104,7 @@ class _Template:
     """The chat template of a tokenizer, and the special tokens, of which one ends a turn."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._name, self._source = tokenizer.name_or_path, tokenizer.get_chat_template()
+        self._source = tokenizer.get_chat_template()
         self._variables: dict[str, Any] = tokenizer.special_tokens_map
         special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._ends = tuple({*special, *tokenizer.all_special_tokens})
@@ -166,9 +170,7 @@ class _Template:
                 **self._variables,
             )
         except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            problem = f"its chat template refuses a conversation ({roles}): {error}"
-            raise UserError("target.path", self._name, problem, "leave such conversations out") from None
+            raise Refused(f"{REFUSING} ({error})") from None
         [text], found = rendered
         return text, found
 

@@ -6,7 +6,7 @@ form                                          what is asked
 a text                                        it, as the user's message
 a list of texts (MT-bench's ``turns``)        the first; the others follow, each after the target's answer
 a list of messages, ``role`` and ``content``  the user's messages likewise. Answers between them are the target's
-(OpenAI) or ``from`` and ``value`` (ShareGPT)  to give, so those that stand there are not used and are counted
+(OpenAI) or ``from`` and ``value`` (ShareGPT)  to give, unless the recipe keeps those that stand there
 ============================================  ===================================================================
 
 Results of tools cannot be had again: everything up to the last one is asked as it stands, given answers included.
@@ -54,11 +54,14 @@ class Refused(Exception):
 
 
 class Asked(NamedTuple):
-    """What the target is asked, as in :class:`.conversations.Conversation`, and how many given answers are not used."""
+    """What the target is asked, and the answers that are given to it, as in :class:`.conversations.Conversation`.
+
+    The last of ``follow_ups`` may have no answer.
+    """
 
     messages: list[Message]
     follow_ups: tuple[str, ...]
-    unused: int
+    given: tuple[Message, ...]
 
 
 def asked(value: object, column: str, system: str = "") -> Asked:
@@ -102,9 +105,8 @@ def _cut(said: list[Message]) -> Asked:
     # Up to the first answer that the target can give itself: the first of all, or the first after the last tool.
     start = max((index for index, role in enumerate(roles) if role == "tool"), default=0)
     first = next((index for index in range(start, len(roles)) if roles[index] == "assistant"), len(roles))
-    rest = said[first:]
-    follow_ups = tuple(message["content"] for message in rest if message["role"] == "user")
-    return Asked(said[:first], follow_ups, len(rest) - len(follow_ups))
+    answers, questions = said[first::2], said[first + 1 :: 2]  # after the last tool they take turns
+    return Asked(said[:first], tuple(question["content"] for question in questions), tuple(answers))
 
 
 def _user(text: object) -> Message:

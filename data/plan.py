@@ -50,12 +50,16 @@ class Speeds(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """``conversations``, ``training`` ones among them, tokens of all; whether and where the tokens were counted."""
+    """``conversations``, ``training`` ones among them, tokens of all; whether and where the tokens were counted.
+
+    The target need not write the ``given`` ones of the answers' tokens.
+    """
 
     conversations: int
     training: int
     prompt: int
     answer: int
+    given: int
     measured: bool
     origin: str
 
@@ -126,7 +130,7 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
         memory=_memory(settings, shape, gpus),
         training_memory=_training_memory(settings, config, tokens, per_token[stored_as], gpus),
         hours={
-            "regenerate": _hours(tokens.answer, speeds.regenerate),
+            "regenerate": _hours(tokens.answer - tokens.given, speeds.regenerate),
             "record": _hours(tokens.all, speeds.record),
             "train": _hours(tokens.trained * settings.train.epochs, speeds.train),
         },
@@ -138,19 +142,26 @@ def count_tokens(settings: Settings, folder: Path) -> Tokens:
     """What the run's store or answers hold; else its prompts, or the recipe's, each as long as the recipe allows."""
     asked, origin = settings.prepare, "the recipe's counts"
     training, conversations = asked.train, asked.train + asked.validation + asked.test
+    answers = {"asked": conversations, "given": 0}
     chosen, answered = folder / "conversations" / "summary.json", folder / "conversations" / "answers.summary.json"
     if chosen.exists():
-        kept = {split: sum(counts.values()) for split, counts in json.loads(chosen.read_bytes())["kept"].items()}
+        summary = json.loads(chosen.read_bytes())
+        kept = {split: sum(counts.values()) for split, counts in summary["kept"].items()}
         training, conversations, origin = kept["train"], sum(kept.values()), "the chosen prompts"
+        answers = summary["answers"]
+    prompt, said = conversations * asked.max_prompt_tokens, sum(answers.values()) * settings.regenerate.max_new_tokens
+    measured = True
     if (folder / "store" / MANIFEST).exists():
-        manifest = read_manifest(folder / "store")
-        said = manifest.supervised_tokens
-        return Tokens(manifest.samples, training, manifest.tokens - said, said, True, "the recorded store")
-    if answered.exists():
-        found = json.loads(answered.read_bytes())
-        return Tokens(found["answers"], training, found["prompt_tokens"], found["answer_tokens"], True, "the answers")
-    prompts, answers = conversations * asked.max_prompt_tokens, conversations * settings.regenerate.max_new_tokens
-    return Tokens(conversations, training, prompts, answers, False, origin)
+        manifest, origin = read_manifest(folder / "store"), "the recorded store"
+        conversations, said = manifest.samples, manifest.supervised_tokens
+        prompt = manifest.tokens - said
+    elif answered.exists():
+        found, origin = json.loads(answered.read_bytes()), "the answers"
+        conversations, prompt, said = found["answers"], found["prompt_tokens"], found["answer_tokens"]
+    else:
+        measured = False
+    given = said * answers["given"] // max(1, sum(answers.values()))
+    return Tokens(conversations, training, prompt, said, given, measured, origin)
 
 
 def bytes_per_token(shape: TargetShape, features: str, last_hidden: str) -> int:

@@ -47,6 +47,7 @@ def _tokens(plan: Plan) -> list[str]:
         ("conversations", f"{tokens['conversations']:,}"),
         ("prompts", f"{tokens['prompt']:,}"),
         ("answers", f"{tokens['answer']:,}"),
+        *([("of them given", f"{tokens['given']:,}")] if tokens["given"] else []),
         ("recorded", f"{tokens['all']:,}"),
         ("trained on, in all epochs", f"{tokens['trained']:,}"),
     ]

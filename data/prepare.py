@@ -11,48 +11,53 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from transformers import PreTrainedTokenizerBase
-
 from ..configs.errors import UserError
 from ..configs.settings import PrepareSettings, Settings
 from ..configs.signals import StopRequest
+from ..models.target import TargetText
 from .chat import TemplateRefusal, left_out, prompt_ids, tokenizer_hash
 from .choice import Choice
-from .conversations import SPLITS, Conversation, Found
+from .conversations import PROMPTS, SPLITS, Conversation, Found
 from .files import encode_json, encode_line, remove_temporaries, write_atomic
+from .given import Keeper
+from .messages import Refused
 from .progress import Progress
 from .prompts import library_prompts, read_prompts
 from .sources import Row, fingerprint, rows
 from .stage import Json, Stage, at_least
 
 LIBRARY = "stdlib"
-PROMPTS, SUMMARY = "prompts.jsonl", "summary.json"
+SUMMARY = "summary.json"
 TOO_LONG = "conversations: prompt longer than prepare.max_prompt_tokens"
 TEMPLATE = "conversations: the target's chat template refuses them"
 LEFT_OUT = "conversations: the target's chat template leaves out"
 
 
 class Summary(TypedDict):
-    """``conversations/summary.json``: prompts asked for, prompts kept by split and source, and what was left out."""
+    """``conversations/summary.json``: prompts asked for, prompts kept by split and source, and what was left out.
+
+    ``answers``: how many the target is to give, and how many are given.
+    """
 
     prompts: str
     asked: dict[str, int]
     kept: dict[str, dict[str, int]]
+    answers: dict[str, int]
     notes: dict[str, int]
 
 
-def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def prepare(settings: Settings, run_dir: Path, text: TargetText) -> None:
     """Write ``conversations/prompts.jsonl`` and ``conversations/summary.json``, and print the summary.
 
     Args:
         settings: the recipe.
         run_dir: the run's folder.
-        tokenizer: the target's, which measures the prompts.
+        text: the target's, which measures the prompts, and the answers that are kept.
 
     Raises:
         UserError: malformed prompts, a split without any, a folder that cannot be written, or a run begun with other
@@ -63,11 +68,14 @@ def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBas
     for split, least in (("train", 1), ("validation", 1), ("test", 0)):
         at_least(f"prepare.{split}", _asked(chosen)[split], least)
     folder = run_dir / "conversations"
-    stage = Stage("prepare", run_dir, folder, _inputs(chosen, tokenizer))
+    stage = Stage("prepare", run_dir, folder, _inputs(settings, text))
     with StopRequest(stage.resume) as stop:
         if not _whole(stage):
             notes: Counter[str] = Counter()
-            kept = _choose(chosen, tokenizer, notes, stop)
+            refusal = partial(
+                _refusal, text, chosen.max_prompt_tokens, Keeper(text, settings.regenerate.max_new_tokens)
+            )
+            kept = _choose(chosen, refusal, notes, stop)
             stage.begin()  # only now: prompts that were refused shall not tie the run to them
             remove_temporaries(folder)
             write_atomic(folder / PROMPTS, b"".join(encode_line(c._asdict()) for c in kept))
@@ -77,7 +85,7 @@ def prepare(settings: Settings, run_dir: Path, tokenizer: PreTrainedTokenizerBas
 
 def prepared(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
-    return _whole(Stage("prepare", run_dir, run_dir / "conversations", _settings_inputs(settings.prepare)))
+    return _whole(Stage("prepare", run_dir, run_dir / "conversations", _settings_inputs(settings)))
 
 
 def render(summary: Summary) -> str:
@@ -87,16 +95,23 @@ def render(summary: Summary) -> str:
         by_source = summary["kept"][split]
         listed = ", ".join(f"{source} {count:,}" for source, count in by_source.items())
         lines.append(f"  {split:<10} {sum(by_source.values()):>7,} of {summary['asked'][split]:,} asked for ({listed})")
+    if given := summary["answers"]["given"]:
+        lines.append(
+            f"  {given:,} answers are kept as they were given, {summary['answers']['asked']:,} are the target's to give"
+        )
     lines += [f"  left out or cut, {reason}: {count:,}" for reason, count in summary["notes"].items()]
     return "\n".join(lines)
 
 
 def _choose(
-    settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase, notes: Counter[str], stop: StopRequest
+    settings: PrepareSettings,
+    refusal: Callable[[Conversation], str | None],
+    notes: Counter[str],
+    stop: StopRequest,
 ) -> list[Conversation]:
     """The conversations of each split that are asked for and short enough, in the order of a hash of their ids."""
     asked = _asked(settings)
-    choice = Choice(asked, partial(_refusal, tokenizer, settings.max_prompt_tokens), notes)
+    choice = Choice(asked, refusal, notes)
     for found in _found(settings, notes, stop):
         choice.offer(found)
     chosen = choice.chosen()
@@ -128,16 +143,23 @@ def _counted(found: Iterable[Row], stop: StopRequest) -> Iterator[Row]:
     progress.finish()
 
 
-def _refusal(tokenizer: PreTrainedTokenizerBase, longest: int, conversation: Conversation) -> str | None:
-    """Why the target is not asked this."""
+def _refusal(text: TargetText, longest: int, keeper: Keeper, conversation: Conversation) -> str | None:
+    """Why the target is not asked this, or why its given answers are not kept."""
+    tokenizer = text.tokenizer
     try:
         if what := left_out(tokenizer, conversation):
             return f"{LEFT_OUT} {what}"
         tokens = len(prompt_ids(tokenizer, conversation))
+        tokens += sum(len(tokenizer(asked, add_special_tokens=False).input_ids) for asked in conversation.follow_ups)
+        if tokens > longest:
+            return TOO_LONG
+        if conversation.given:
+            keeper.answer(conversation)
     except TemplateRefusal as refusal:
         return f"{TEMPLATE} ({refusal.reason})"
-    tokens += sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in conversation.follow_ups)
-    return TOO_LONG if tokens > longest else None
+    except Refused as refusal:
+        return f"conversations: {refusal}"
+    return None
 
 
 def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter[str]) -> Summary:
@@ -146,6 +168,10 @@ def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter
         "prompts": settings.prompts,
         "asked": _asked(settings),
         "kept": {split: dict(sorted(counts.items())) for split, counts in by_split.items()},
+        "answers": {
+            "asked": sum(1 + len(c.follow_ups) for c in kept if not c.given),
+            "given": sum(len(c.given) for c in kept),
+        },
         "notes": dict(sorted((+notes).items())),
     }
 
@@ -154,20 +180,24 @@ def _asked(settings: PrepareSettings) -> dict[str, int]:
     return {"train": settings.train, "validation": settings.validation, "test": settings.test}
 
 
-def _inputs(settings: PrepareSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Json]:
-    hashes = tokenizer_hash(tokenizer)
+def _inputs(settings: Settings, text: TargetText) -> dict[str, Json]:
+    hashes = tokenizer_hash(text.tokenizer)
     return {
         **_settings_inputs(settings),
+        **({"positions of the target": text.max_positions} if settings.prepare.keep_answers else {}),
         "tokenizer of the target": hashes.tokenizer,
         "chat template of the target": hashes.chat_template,
     }
 
 
-def _settings_inputs(settings: PrepareSettings) -> dict[str, Json]:
+def _settings_inputs(settings: Settings) -> dict[str, Json]:
+    chosen = settings.prepare
     return {
-        **({"prepare.prompts": LIBRARY} if settings.prompts == LIBRARY else fingerprint(settings)),
-        **{f"prepare.{split}": count for split, count in _asked(settings).items()},
-        "prepare.max_prompt_tokens": settings.max_prompt_tokens,
+        **({"prepare.prompts": LIBRARY} if chosen.prompts == LIBRARY else fingerprint(chosen)),
+        **{f"prepare.{split}": count for split, count in _asked(chosen).items()},
+        "prepare.max_prompt_tokens": chosen.max_prompt_tokens,
+        "prepare.keep_answers": chosen.keep_answers,
+        **({"regenerate.max_new_tokens": settings.regenerate.max_new_tokens} if chosen.keep_answers else {}),
     }
 
 

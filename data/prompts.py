@@ -16,6 +16,7 @@ from .sources import SETTING, Row
 
 COLUMNS = ("messages", "conversations", "prompt", "turns")
 UNUSED = "answers: given ones, which the target replaces by its own"
+UNANSWERED = "questions: the last one, where answers are kept and it has none"
 
 
 def library_prompts(notes: Counter[str]) -> Iterator[Found]:
@@ -38,7 +39,7 @@ def library_prompts(notes: Counter[str]) -> Iterator[Found]:
 def read_prompts(settings: PrepareSettings, rows: Iterable[Row], notes: Counter[str]) -> Iterator[Found]:
     """The conversations of ``rows``, which :func:`.sources.rows` yields.
 
-    ``notes`` counts by reason those that cannot be asked, and the given answers that are not used.
+    ``notes`` counts by reason those that cannot be asked, and the given answers and last questions that are not used.
 
     Raises:
         UserError: a malformed row, or none that can be asked.
@@ -46,7 +47,7 @@ def read_prompts(settings: PrepareSettings, rows: Iterable[Row], notes: Counter[
     found, refused = 0, Counter[str]()
     for row in rows:
         try:
-            conversation, unused = _conversation(row, settings.column)
+            conversation, left_out = _conversation(row, settings)
         except Refused as refusal:
             refused[str(refusal)] += 1
             notes[f"conversations: {refusal}"] += 1
@@ -55,7 +56,7 @@ def read_prompts(settings: PrepareSettings, rows: Iterable[Row], notes: Counter[
             raise UserError(SETTING, row.where, problem, remedy) from None
         else:
             found += 1
-            notes[UNUSED] += unused
+            notes.update(left_out)
             yield Found(conversation, row.where)
     if not found:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in refused.items()) or "it is empty"
@@ -63,8 +64,8 @@ def read_prompts(settings: PrepareSettings, rows: Iterable[Row], notes: Counter[
         raise UserError(SETTING, settings.prompts, f"it holds no conversation that can be asked ({reasons})", remedy)
 
 
-def _conversation(row: Row, column: str | None) -> tuple[Conversation, int]:
-    """One row, and how many given answers in it are not used.
+def _conversation(row: Row, settings: PrepareSettings) -> tuple[Conversation, dict[str, int]]:
+    """One row, and what of it is not used.
 
     Raises:
         Refused: it cannot be asked.
@@ -72,7 +73,7 @@ def _conversation(row: Row, column: str | None) -> tuple[Conversation, int]:
     """
     values = row.values
     refuse_besides(values)
-    chosen = column or _column(values)
+    chosen = settings.column or _column(values)
     if values.get(chosen) is None:
         raise ValueError(
             f'it holds no "{chosen}" but {", ".join(values) or "nothing"}; set prepare.column to what it has'
@@ -80,14 +81,22 @@ def _conversation(row: Row, column: str | None) -> tuple[Conversation, int]:
     question = asked(values[chosen], chosen, _label(values, "system") or "")
     source = _label(values, "source") or _label(values, "category") or row.source
     try:
-        json.dumps([question, source, values.get("id")], ensure_ascii=False, default=str).encode()
+        read = question if settings.keep_answers else question[:2]
+        json.dumps([read, source, values.get("id")], ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise ValueError("it holds half a surrogate pair, which is no text; repair what wrote the file") from None
     identity = _identity(values.get("id"), question)
     split = _hashed_split(identity) if values.get("split") is None else values["split"]
     if split not in SPLITS:
         raise ValueError(f'its "split" is {json.dumps(split)}; write one of {", ".join(SPLITS)}')
-    return Conversation(identity, source, split, question.messages, question.follow_ups), question.unused
+    messages, follow_ups, given = question
+    if not settings.keep_answers or split != "train" or not given:
+        return Conversation(identity, source, split, messages, follow_ups), {UNUSED: len(given)}
+    answered = follow_ups[: len(given) - 1]
+    return (
+        Conversation(identity, source, split, messages, answered, given),
+        {UNANSWERED: len(follow_ups) - len(answered)},
+    )
 
 
 def _column(values: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ prompts alone and every answer has its own stream of random numbers, so a resume
 interrupted. Servers answer in whatever order they like (:mod:`.servers`).
 
 A conversation of several turns is answered turn by turn, each turn's prompt being all ids so far, and written when its
-last turn is.
+last turn is. Training conversations whose answers the recipe keeps are not asked; they are written first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 from ..configs.errors import Incomplete, UserError
@@ -26,9 +27,9 @@ from ..configs.settings import RegenerateSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetText
 from ..models.target_files import TargetEnds
-from .answers import ANSWERS, FAILED, SUMMARY, Answer, Failure, each_answer
+from .answers import ANSWERS, FAILED, GIVEN, SUMMARY, Answer, Failure, each_answer
 from .chat import PLACEHOLDER, continuation, prompt_ids, tokenizer_hash
-from .conversations import Conversation, read_conversations
+from .conversations import PROMPTS, Conversation, each_conversation
 from .dialogue import Dialogue, Question
 from .files import (
     drop_torn_line,
@@ -40,6 +41,7 @@ from .files import (
     unwritable,
     write_atomic,
 )
+from .given import Keeper
 from .progress import Progress
 from .servers import Servers
 from .stage import Json, Stage, at_least
@@ -70,10 +72,10 @@ def regenerate(settings: Settings, run_dir: Path, target: Target | TargetText) -
         stage.begin()
         with exclusive(folder / ".regenerate.lock"):
             remove_temporaries(folder)
-            conversations = read_conversations(folder / "prompts.jsonl")
-            text = target.text if isinstance(target, Target) else target
-            failures = _answer_all(settings, folder, ask(settings, conversations, text), target, stop)
-            _check_failures(settings, folder, failures, len(conversations))
+            asked, given = _read(folder / PROMPTS)
+            questions = ask(settings, asked, target.text if isinstance(target, Target) else target)
+            failures = _answer_all(settings, folder, questions, given, target, stop)
+            _check_failures(settings, folder, failures, len(questions) + given)
             write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS, len(failures))))
 
 
@@ -127,8 +129,24 @@ def plan(questions: list[Question], batch_size: int) -> list[list[Question]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
+def _read(prompts: Path) -> tuple[list[Conversation], int]:
+    """What the target is asked, and how many conversations bring their answers with them."""
+    asked, given = list[Conversation](), 0
+    for conversation in each_conversation(prompts):
+        if conversation.given:
+            given += 1
+        else:
+            asked.append(conversation)
+    return asked, given
+
+
 def _answer_all(
-    settings: Settings, folder: Path, questions: list[Question], target: Target | TargetText, stop: StopRequest
+    settings: Settings,
+    folder: Path,
+    questions: list[Question],
+    given: int,
+    target: Target | TargetText,
+    stop: StopRequest,
 ) -> list[Failure]:
     """Append the answers that ``folder`` lacks as they come; returns what could not be answered."""
     path = folder / ANSWERS
@@ -137,15 +155,17 @@ def _answer_all(
     path.touch()
     drop_torn_line(path)
     answered = {answer.id for answer in each_answer(path)}
-    progress = Progress("regenerate", "conversations", len(questions), len(answered))
-    failures: list[Failure] = []
+    total, failures = given + len(questions), list[Failure]()
+    progress = Progress("regenerate", "conversations", total, len(answered))
     if isinstance(target, Target):
-        source: Generator[list[Answer | Failure], None, None] = _in_process(settings, target, questions, answered)
+        text, source = target.text, _in_process(settings, target, questions, answered)
     else:
         unanswered = [question for question in questions if question.conversation.id not in answered]
-        source = Servers(settings.regenerate, target, progress.say).answer(unanswered)
+        text, source = target, Servers(settings.regenerate, target, progress.say).answer(unanswered)
+    keeper = Keeper(text, settings.regenerate.max_new_tokens)
+    waiting = (c for c in each_conversation(folder / PROMPTS) if c.given and c.id not in answered)
     with closing(source):
-        for found in source:
+        for found in chain(keeper.answers(waiting) if given else (), source):
             new = [entry for entry in found if isinstance(entry, Answer)]
             failed = [entry for entry in found if isinstance(entry, Failure)]
             _append(path, new)
@@ -153,7 +173,7 @@ def _answer_all(
             answered |= {answer.id for answer in new}
             failures += failed
             progress.advance(len(found), sum(len(answer.said) for answer in new), len(failed))
-            stop.check(f"{len(answered)} of {len(questions)} answers are written")
+            stop.check(f"{len(answered)} of {total} answers are written")
     return failures
 
 
@@ -206,7 +226,10 @@ def _check_failures(settings: Settings, folder: Path, failures: list[Failure], a
 
 
 def _summary(path: Path, failed: int) -> dict[str, Json]:
-    """What was answered; its ``bytes`` say that the file it describes is the whole one."""
+    """What was answered; its ``bytes`` say that the file it describes is the whole one.
+
+    Temperatures are those of the target's own answers; of the others nobody knows any.
+    """
     counts = Counter(answers=0, turns=0, prompt_tokens=0, answer_tokens=0, tokenised_again=0)
     finishes, splits, temperatures = Counter[str](), Counter[str](), Counter[str]()
     for answer in each_answer(path):
@@ -215,14 +238,14 @@ def _summary(path: Path, failed: int) -> dict[str, Json]:
         counts["tokenised_again"] += not answer.exact
         finishes[answer.finish] += 1
         splits[answer.split] += 1
-        temperatures[str(answer.temperature)] += 1
+        temperatures[str(answer.temperature)] += answer.finish != GIVEN
     return {
         "bytes": path.stat().st_size,
         **counts,
         "failed": failed,
         "by_finish": dict(sorted(finishes.items())),
         "by_split": dict(sorted(splits.items())),
-        "by_temperature": dict(sorted(temperatures.items())),
+        "by_temperature": dict(sorted((+temperatures).items())),
     }
 
 
@@ -249,7 +272,7 @@ def _inputs(settings: Settings, folder: Path, target: Target | TargetText | None
 
     Which servers answer is no matter, and may change from one start to the next; that they do is.
     """
-    prompts = folder / "prompts.jsonl"
+    prompts = folder / PROMPTS
     if not prompts.exists():
         raise UserError("conversations", folder, "it holds no prompts", "run eagle3 prepare first")
     inputs: dict[str, Json] = {

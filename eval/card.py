@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ..data.answers import GIVEN
 from ..data.files import file_sha256
 from ..models.checkpoint import WEIGHTS
 from ..models.draft import DraftConfig
@@ -133,7 +134,9 @@ def _training_data(run: Path) -> str:
     shares = ", ".join(f"T={key}: {count:,}" for key, count in summary["by_temperature"].items())
     tokens, answers, train = summary["answer_tokens"], summary["answers"], summary["by_split"]["train"]
     whole = f"{answers:,} with validation and test, {tokens:,} tokens, {shares}"
-    return f"{train:,} answers of the target's own ({whole})"
+    given = summary["by_finish"].get(GIVEN, 0)
+    kept = f" and {given:,} that came with their conversations" if given else ""
+    return f"{train - given:,} answers of the target's own{kept} ({whole})"
 
 
 def _report(run: Path, weights: str) -> dict[str, Any] | None:

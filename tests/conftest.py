@@ -118,7 +118,7 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setti
 def finished(recipe: Settings, tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose data stages are complete; not to be written to."""
     run_dir = tmp_path_factory.mktemp("finished")
-    prepare(recipe, run_dir, tiny_target.tokenizer)
+    prepare(recipe, run_dir, tiny_target.text)
     regenerate(recipe, run_dir, tiny_target)
     record(recipe, run_dir, tiny_target)
     return run_dir

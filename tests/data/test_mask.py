@@ -19,9 +19,9 @@ from typing import NamedTuple
 import eagle3.models
 import numpy as np
 import pytest
-from eagle3.configs.errors import UserError
 from eagle3.data import mask
-from eagle3.data.mask import masked
+from eagle3.data.mask import Masking
+from eagle3.data.messages import Refused
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -141,7 +141,7 @@ def say(*turns: str) -> list[dict]:
 
 def supervised(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> str:
     """The masked-in tokens, decoded; all of them are the template's text."""
-    ids, loss_mask = masked(tokenizer, messages)
+    ids, loss_mask = Masking(tokenizer).masked(messages)
     assert (ids.dtype, loss_mask.dtype) == (np.int32, np.bool_)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     return tokenizer.decode(ids[loss_mask])
@@ -157,7 +157,7 @@ def test_mt_bench_in_llama4(llama4: PreTrainedTokenizerFast, conversations: list
     for messages in conversations:
         assert supervised(llama4, messages) == expected(lambda answer, last: answer + "<|eot|>", messages)
         if all(message["content"] == message["content"].lstrip() for message in messages):
-            assert masked(llama4, messages).input_ids.tolist() == llama4.apply_chat_template(
+            assert Masking(llama4).masked(messages).input_ids.tolist() == llama4.apply_chat_template(
                 messages, return_dict=False
             )
 
@@ -247,7 +247,7 @@ def test_no_token_reaches_over_an_edge(llama4: PreTrainedTokenizerFast, monkeypa
 {%- if add_generation_prompt %}{{ "assistant: " }}{% endif %}"""
     monkeypatch.setattr(llama4, "chat_template", template)
     messages = say("user One?", "assistant the answer is one", "user Two?", "assistant two")
-    ids, loss_mask = masked(llama4, messages)
+    ids, loss_mask = Masking(llama4).masked(messages)
     merged = [llama4.decode(token) for token in llama4.apply_chat_template(messages, return_dict=False)]
     assert " the" in merged  # of which the target is given the space
     pieces = [llama4.decode(token) for token in ids[loss_mask]]
@@ -277,7 +277,7 @@ def test_offsets_without_the_space_before_a_word(tiny_folder: Path, monkeypatch:
         monkeypatch.setattr(tokenizer, "chat_template", template_of)
         monkeypatch.setattr(trimming, "chat_template", template_of, raising=False)
         messages = say("user One?", f"assistant {text}")
-        first, second = masked(tokenizer, messages), masked(trimming, messages)
+        first, second = Masking(tokenizer).masked(messages), Masking(trimming).masked(messages)
         assert first.input_ids.tolist() == second.input_ids.tolist()
         assert first.loss_mask.tolist() == second.loss_mask.tolist()
         assert said is None or tokenizer.decode(first.input_ids[first.loss_mask]) == said
@@ -293,7 +293,7 @@ def test_a_template_that_tells_the_time(tokenizer: PreTrainedTokenizerFast, monk
     )
     template = "It is {{ now }}. " + LLAMA3.replace('{{ strftime_now("%d %B %Y") }}', "a day")
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    text, spans = mask.turns(tokenizer, say("user One?", "assistant 1"))
+    text, spans = Masking(tokenizer).turns(say("user One?", "assistant 1"))
     assert text.startswith("It is 12:00:01.")
     assert [text[start:end] for start, end in spans] == ["1<|end|>"]
 
@@ -313,31 +313,26 @@ def test_templates_of_which_it_cannot_be_made_out(
     template: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(
-        UserError, match=r"target.path = .*embedded: of its chat template it cannot be made out .*; mark"
-    ):
-        masked(tokenizer, say("user One?", "assistant first"))
+    with pytest.raises(Refused, match="it cannot be made out which part of them the assistant wrote"):
+        Masking(tokenizer).masked(say("user One?", "assistant first"))
 
 
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [
-        (
-            say("user One?", "assistant 1", "assistant 2"),
-            "two assistant messages follow each other; join them into one",
-        ),
-        (say("user One?", "assistant 1", "user Two?"), "messages = user, assistant, user: the last is no answer"),
-        ([], "the last is no answer"),
+        (say("user One?", "assistant 1", "assistant 2"), '"assistant" follows "assistant"'),
+        (say("user One?", "assistant 1", "user Two?"), "the last message is no answer"),
+        ([], "the last message is no answer"),
     ],
 )
 def test_conversations_that_are_not_finished(
     messages: list[dict], complaint: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(UserError, match=complaint):
-        masked(tokenizer, messages)
+    with pytest.raises(Refused, match=complaint):
+        Masking(tokenizer).masked(messages)
 
 
 def test_a_template_that_refuses(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no tools here') }}")
-    with pytest.raises(UserError, match=r"refuses a conversation \(user, assistant\): no tools here; leave such"):
-        masked(tokenizer, say("user One?", "assistant 1"))
+    with pytest.raises(Refused, match=r"the target's chat template refuses them \(no tools here\)"):
+        Masking(tokenizer).masked(say("user One?", "assistant 1"))

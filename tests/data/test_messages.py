@@ -15,7 +15,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments":
 
 
 def test_one_question_in_every_form() -> None:
-    expected = Asked(say("user One?"), (), 0)
+    expected = Asked(say("user One?"), (), ())
     assert asked("One?", "prompt") == expected
     assert asked(["One?"], "turns") == expected
     assert asked(say("user One?"), "messages") == expected
@@ -26,22 +26,25 @@ def test_one_question_in_every_form() -> None:
 
 def test_given_answers_are_the_targets_to_give() -> None:
     given = say("system Be brief.", "user One?", "assistant 1", "user Two?", "assistant 2", "user Three?")
-    assert asked(given, "messages") == Asked(given[:2], ("Two?", "Three?"), 2)
+    assert asked(given, "messages") == Asked(given[:2], ("Two?", "Three?"), (given[2], given[4]))
+    assert asked(given[:-1], "messages") == Asked(given[:2], ("Two?",), (given[2], given[4]))
     given[2]["reasoning_content"] = "Easy."
-    assert asked(given, "messages") == Asked(given[:2], ("Two?", "Three?"), 2)
-    assert asked(["One?", "Two?"], "turns", "Be brief.") == Asked(given[:2], ("Two?",), 0)
+    assert asked(given, "messages") == Asked(given[:2], ("Two?", "Three?"), (given[2], given[4]))
+    assert asked(["One?", "Two?"], "turns", "Be brief.") == Asked(given[:2], ("Two?",), ())
 
 
 def test_sharegpt() -> None:
     names = {"system": "system", "human": "user", "gpt": "assistant"}
     given = [{"from": name, "value": name} for name in ("system", "human", "gpt", "human", "gpt")]
     assert asked(given, "conversations") == Asked(
-        [{"role": names[name], "content": name} for name in ("system", "human")], ("human",), 2
+        [{"role": names[name], "content": name} for name in ("system", "human")],
+        ("human",),
+        tuple(say("assistant gpt") * 2),
     )
     given = [{"from": name, "value": name} for name in ("human", "function_call", "observation", "gpt", "human")]
-    first, follow_ups, unused = asked(given, "conversations")
+    first, follow_ups, answers = asked(given, "conversations")
     assert [message["role"] for message in first] == ["user", "assistant", "tool"]
-    assert (follow_ups, unused) == (("human",), 1)
+    assert (follow_ups, answers) == (("human",), tuple(say("assistant gpt")))
 
 
 def test_up_to_the_last_result_of_a_tool_all_is_given() -> None:
@@ -51,7 +54,7 @@ def test_up_to_the_last_result_of_a_tool_all_is_given() -> None:
         {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"},
         *say("assistant It is 3.", "user Sure?"),
     ]
-    first, follow_ups, unused = asked(given, "messages")
+    first, follow_ups, answers = asked(given, "messages")
     assert first[:3] == given[:3]
     assert first[3] == {
         "role": "assistant",
@@ -60,14 +63,16 @@ def test_up_to_the_last_result_of_a_tool_all_is_given() -> None:
         "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}],
     }
     assert first[4] == {"role": "tool", "content": "3", "tool_call_id": "c1", "name": "add"}
-    assert (len(first), follow_ups, unused) == (5, ("Sure?",), 1)
-    first, follow_ups, unused = asked([*given[:5], *say("user So?", "assistant So.", "user Sure?")], "messages")
-    assert (first[-1], follow_ups, unused) == (say("user So?")[0], ("Sure?",), 1)
+    assert (len(first), follow_ups, answers) == (5, ("Sure?",), tuple(say("assistant It is 3.")))
+    first, follow_ups, answers = asked([*given[:5], *say("user So?", "assistant So.", "user Sure?")], "messages")
+    assert (first[-1], follow_ups, answers) == (say("user So?")[0], ("Sure?",), tuple(say("assistant So.")))
 
 
 def test_an_answer_that_only_calls_a_tool_is_the_targets_to_give() -> None:
     given = [*say("user One?"), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    assert asked(given, "messages") == Asked(say("user One?"), (), 1)
+    [called] = asked(given, "messages").given
+    assert asked(given, "messages") == Asked(say("user One?"), (), (called,))
+    assert called["tool_calls"][0]["function"]["arguments"] == {"a": 1}
 
 
 def test_an_empty_system_message_is_none() -> None:

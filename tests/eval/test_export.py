@@ -38,6 +38,20 @@ def test_what_was_measured_stands_on_the_card(trained: Path, tmp_path: Path) -> 
     assert "| T   | acceptance length" in text
 
 
+def test_the_card_tells_given_answers_from_the_targets_own(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    path = run / "conversations" / "answers.summary.json"
+    for given, said in (
+        (0, "16 answers of the target's own (24"),
+        (5, "11 answers of the target's own and 5 that came"),
+    ):
+        path.write_text(
+            json.dumps(json.loads(path.read_text()) | {"by_finish": {"length": 24 - given, "given": given}})
+        )
+        assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / str(given))]) == 0
+        assert said in (tmp_path / str(given) / "README.md").read_text()
+
+
 def test_a_head_that_was_changed_is_told(trained: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "head"
     assert main(["export", str(trained), "--format", "vllm", "--out", str(out)]) == 0
