@@ -86,20 +86,20 @@ class Trainer:
         """Step, log, validate, save, stop: in this order, until the last epoch ends."""
         done, total = self._resume(), self.schedule.steps
         self._cover(done)
-        progress = TrainProgress(total, done) if self.accelerator.is_main_process else None
+        progress = TrainProgress(total, done)
         if not done:
-            self._log({"step": 0, "validation": self._validate(0).as_json()})
+            self._check(0, progress)
         step = done
         for planned, micros in self._feed(done):
             if self._stale(step):
                 break
             line, step = self._step(planned, micros), planned.batch.step
             self._log(line)
-            if progress:
+            if self.accelerator.is_main_process:
                 progress.show(line)
             last, due = step == total, step % self.settings.train.validate_every == 0
             if last or due:
-                self._log({"step": step, "validation": self._validate(step).as_json()})
+                self._check(step, progress)
             stopping = any_rank(self.accelerator, stop.requested)
             if last or due or stopping:
                 self._save(step)
@@ -108,7 +108,13 @@ class Trainer:
                 stop.check(f"step {step} of {total} is saved")
         if self.accelerator.is_main_process:
             write_atomic(self.folder / DONE, encode_json(self.best | {"steps": step}))
+            print(progress.summary(), flush=True)
             print(f"best head: step {self.best['step']}, simulated AL {self.best['acceptance_length']:.2f}", flush=True)
+
+    def _check(self, step: int, progress: TrainProgress) -> None:
+        validation = self._validate(step)
+        progress.validated(validation.acceptance_length)
+        self._log({"step": step, "validation": validation.as_json()})
 
     def _stale(self, step: int) -> bool:
         """Whether the last ``train.patience`` validations brought no better head."""

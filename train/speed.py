@@ -34,6 +34,7 @@ def figures(
     """
     flop = step_flop(config, tokens, rows)
     found = {
+        "seconds": round(seconds, 6),
         "tokens_per_s": round(tokens / seconds),
         "tflop_per_s": round(flop / seconds / 1e12, 4),
         "waited": round(waited / seconds, 4),

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -30,7 +31,7 @@ from eagle3.train.feed import Planned
 from eagle3.train.stage import train
 from eagle3.train.validate import Tally, validation_parts
 
-TIMING = {"tokens_per_s", "tflop_per_s", "waited"}
+TIMING = {"seconds", "tokens_per_s", "tflop_per_s", "waited"}
 
 
 def lines_of(run_dir: Path) -> list[dict]:
@@ -86,6 +87,19 @@ def test_it_learns_and_keeps_the_best_head(short: Settings, trained: Path) -> No
     noted = json.loads((trained / "draft" / "config.json").read_text())
     assert noted["eagle3_training"]["step"] == best
     assert noted["eagle3_target"]["weights_sha256"] == store.manifest.target["weights_sha256"]
+
+
+def test_a_run_says_how_fast_it_is(short: Settings, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short, run_dir)
+    said = capsys.readouterr()
+    assert re.search(
+        r"^15 steps in 0:\d\d, validation apart: [\d,]+ tokens/s, 0\.\d\d TFLOP/s, waiting for data \d+%$",
+        said.out,
+        re.M,
+    )
+    assert re.search(r"^train 15/15, loss [\d.]+, accuracy .*, AL 1\.\d\d, .*, 0:00 left$", said.err, re.M)
+    steps = [line for line in map(json.loads, (run_dir / "train" / "metrics.jsonl").open()) if "loss" in line]
+    assert all(line["tflop_per_s"] > 0 and 0 <= line["waited"] <= 1 and "mfu" not in line for line in steps)
 
 
 def test_only_the_newest_checkpoints_stay(short: Settings, trained: Path) -> None:

@@ -32,7 +32,7 @@ from eagle3.train.samples import Streamed
 from eagle3.train.stage import train
 
 LIMIT = 4
-TIMING = {"tokens_per_s", "tflop_per_s", "waited"}
+TIMING = {"seconds", "tokens_per_s", "tflop_per_s", "waited"}
 DEADLINE = 120.0  # seconds after which a test that hangs fails
 
 
