@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from ..configs.errors import UserError
 from ..configs.settings import DraftSettings, TargetSettings
 from .draft import DraftConfig
-from .target import location
-from .target_info import captured_layers
+from .target import location, reader
+from .target_info import captured_layers, rope_theta
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -80,7 +80,7 @@ def read_shape(settings: TargetSettings) -> TargetShape:
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        rope_theta=float(config.rope_parameters["rope_theta"]),
+        rope_theta=rope_theta(config),
         rms_norm_eps=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
     )
@@ -129,5 +129,5 @@ def _parameters(path: str, where: dict[str, Any], config: PretrainedConfig) -> t
     if "total_parameters" in metadata:
         return metadata["total_parameters"], "the index of its weights"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = reader(config).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()), "its configuration"
