@@ -5,7 +5,7 @@
     states = target.forward(ids)              # .features [B, T, F, H], .last_hidden [B, T, H]
     target.logits(states.last_hidden[:, -1])  # [B, V]
 
-Any causal language model of transformers serves. Captured layer i is the residual stream at the output of decoder
+Any causal language model of transformers serves, also one inside a multimodal model. Captured layer i is the residual stream at the output of decoder
 layer i, taken by a forward hook: the last of transformers' own ``hidden_states`` is after the final norm.
 
 Shapes: B batch, T tokens, F captured layers, H hidden, V vocabulary.
@@ -24,10 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -208,13 +211,16 @@ def load_target(settings: TargetSettings) -> Target:
         config = AutoConfig.from_pretrained(path, **where)
         checksum = weights_sha256(path, where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=DTYPES[settings.dtype], **placement, **where
-        )
+        model = reader(config).from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **placement, **where)
     model.requires_grad_(False)
     target = Target(model, tokenizer, settings, checksum)
     check_head(target)
     return target
+
+
+def reader(config: PretrainedConfig) -> Any:
+    """The class of transformers that reads a causal language model, alone or inside a model that sees."""
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def load_text(settings: TargetSettings) -> TargetText:

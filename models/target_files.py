@@ -27,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -38,13 +37,19 @@ from transformers.utils.hub import cached_file
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
 from .shapes import TargetShape
-from .target import DTYPES, located, opened, refusing
+from .target import DTYPES, located, opened, reader, refusing
 from .target_info import TargetHead, TargetInfo, captured_layers, configured, describe, find_decoder
 from .weights import INDEX, SINGLE, weights_sha256
 
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end with in every layout
-#: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others.
-PREFIXES = (("", ""), ("", "language_model."), ("model.", "model.language_model."))
+#: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others, whatever the model that
+#: reads it calls the weight.
+PREFIXES = (
+    ("", ""),
+    ("", "language_model."),
+    ("model.", "model.language_model."),
+    ("model.language_model.", "language_model.model."),
+)
 
 
 class TargetFiles:
@@ -114,7 +119,7 @@ class TargetFiles:
         if "total_parameters" in metadata:
             return metadata["total_parameters"], "the index of its weights"
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self._config)
+            model = reader(self._config).from_config(self._config)
         return sum(parameter.numel() for parameter in model.parameters()), "its configuration"
 
     def _ending(self, ending: str) -> str | None:
@@ -180,7 +185,7 @@ def load_ends(settings: TargetSettings) -> TargetEnds:
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         checksum = weights_sha256(path, where)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype])
+            model = reader(config).from_config(config, dtype=DTYPES[settings.dtype])
         if cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **where):
             model.generation_config = GenerationConfig.from_pretrained(path, **where)
         decoder = find_decoder(model, settings.path)

@@ -112,20 +112,26 @@ def configured(config: PretrainedConfig, settings: TargetSettings) -> dict[str, 
         "num_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
         "head_dim": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        "rope_theta": float(config.rope_parameters["rope_theta"]),
+        "rope_theta": rope_theta(config),
         "rms_norm_eps": config.rms_norm_eps,
         "max_positions": config.max_position_embeddings,
     }
+
+
+def rope_theta(config: PretrainedConfig) -> float:
+    """The base of the rotary embedding; of the layers that see everything where kinds of layers differ."""
+    rope = config.rope_parameters
+    return float((rope if "rope_theta" in rope else rope[FULL])["rope_theta"])
 
 
 def end_ids(
     generation: GenerationConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, ...]:
     """The tokens with which a target ends its turn; its files name one or several, each for itself."""
-    ends: set[int] = set()
-    for given in (generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id):
+    ends: set[int | None] = set()
+    for given in (generation.eos_token_id, config.to_dict().get("eos_token_id"), tokenizer.eos_token_id):
         ends |= set(given) if isinstance(given, list) else {given}
-    return tuple(sorted(ends - {None}))
+    return tuple(sorted(end for end in ends if end is not None))
 
 
 def captured_layers(settings: TargetSettings, count: int) -> tuple[int, ...]:

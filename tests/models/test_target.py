@@ -13,8 +13,6 @@ from eagle3.models.generate import draw
 from eagle3.models.target import Target, check_head, load_target
 from transformers import (
     AutoTokenizer,
-    Llama4Config,
-    Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -161,23 +159,6 @@ def test_draws_follow_the_distribution() -> None:
     drawn = draw(p.expand(10_000, -1), uniform.double()).bincount(minlength=6)
     assert drawn.tolist() == [0, 5000, 0, 2000, 3000, 0]
     assert draw(p[None], torch.zeros(1, dtype=torch.float64)).item() == 1
-
-
-def test_multimodal_checkpoint_gives_its_text_model(tiny_target: Target, tiny_folder: Path, tmp_path: Path) -> None:
-    text = tiny_target.model.config.to_dict()
-    vision = {
-        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
-        "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
-    }  # fmt: skip
-    torch.manual_seed(1)
-    whole = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision))
-    whole.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
-    target = load_target(TargetSettings(path=str(tmp_path)))
-    assert target.info.layers == (1, 3, 4)
-    ids = random_ids(target, 1, 20)
-    theirs = whole.language_model(input_ids=ids).logits
-    torch.testing.assert_close(target.logits(target.forward(ids).last_hidden), theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("layers", [(1, 1, 2), (3, 1), (0, 8), (-1,), ()])
