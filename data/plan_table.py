@@ -49,6 +49,7 @@ def _tokens(plan: Plan) -> list[str]:
         ("answers", f"{tokens['answer']:,}"),
         ("recorded", f"{tokens['all']:,}"),
         ("trained on, in all epochs", f"{tokens['trained']:,}"),
+        ("longest conversation", f"{tokens['longest']:,}"),
     ]
     return [f"tokens   {origin}", *_table(rows)]
 
