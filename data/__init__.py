@@ -33,6 +33,7 @@ module             what it does
 ``vocabulary``     which target tokens the draft may say
 ``inspection``     what ``eagle3 inspect`` prints
 ``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers
+``plan_tokens``    how many tokens a run has, or will have at most
 =================  ======================================================================================
 
 Each stage reads files and writes files, can be killed at any moment and started again, and skips what is done.

@@ -113,7 +113,7 @@ def test_features_are_those_of_the_language_model(saved: tuple[PreTrainedModel, 
     states, logits = text_states(whole, ids)
     # Shorter than the other, so that it is padded: alone and together a row has the same states.
     rows = [ids[0].numpy().astype(np.int32), ids[1, :27].numpy().astype(np.int32)]
-    for row, found in enumerate(TransformersRecorder(target).record(rows)):
+    for row, found in enumerate(TransformersRecorder(target).record([rows])):
         length = len(rows[row])
         for index, layer in enumerate(target.info.layers):
             torch.testing.assert_close(found.features[:, index], states[layer + 1][row, :length], **CLOSE)
