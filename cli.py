@@ -175,7 +175,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         case "plan":
             show_plan(parsed)
         case "inspect":
-            print(inspection.inspect(parsed.store, parsed.verify))
+            for line in inspection.inspect(parsed.store, parsed.verify):
+                print(line, flush=True)
         case "export":
             export_head(parsed)
         case "import":
@@ -280,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
-    inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
+    inspect.add_argument("--verify", action="store_true", help="read every byte; exit code 2 if any is damaged")
     exports = commands.add_parser(
         "export", help=OTHERS["export"], description=EXPORT, epilog=FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

@@ -31,6 +31,7 @@ module             what it does
 ``store``          the contract with the trainer: manifest and reader
 ``spool``          a store that is read while it is recorded, and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
+``verification``   whether files are what was written, many read at once
 ``inspection``     what ``eagle3 inspect`` prints
 ``plan``           what a run will cost, before it starts; ``plan_table`` prints it, ``units`` its numbers
 ``plan_tokens``    how many tokens a run has, or will have at most
