@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -98,7 +98,7 @@ class Recording:
         stage: Stage,
         settings: RecordSettings,
         target: Target | TargetEnds,
-        answers: list[Answer],
+        answers: Sequence[Answer],
         recorder: Recorder,
     ) -> None:
         self.folder, self.name = stage.folder, file_sha256(stage.path)
@@ -178,7 +178,7 @@ def _whole(stage: Stage) -> bool:
 
 
 def _manifest(
-    settings: Settings, stage: Stage, target: Target | TargetEnds, answers: list[Answer], shards: list[list[Batch]]
+    settings: Settings, stage: Stage, target: Target | TargetEnds, answers: Sequence[Answer], shards: list[list[Batch]]
 ) -> Manifest:
     """Write what stands beside the shards, and describe all of it."""
     folder, name = stage.folder, file_sha256(stage.path)
@@ -234,7 +234,7 @@ def _write_head(folder: Path, head: TargetHead) -> FileEntry:
     return write_listed(folder / store.HEAD, *tensor_file(stored, {"norm_eps": repr(head.norm_eps)}))
 
 
-def _write_vocabulary(folder: Path, answers: list[Answer], vocab_size: int) -> FileEntry:
+def _write_vocabulary(folder: Path, answers: Sequence[Answer], vocab_size: int) -> FileEntry:
     said = count_tokens(((a.source, a.said) for a in answers if a.split == "train"), vocab_size)
     return write_listed(folder / store.VOCABULARY, said.content())
 
