@@ -8,12 +8,18 @@ The lines of either stand in the order in which they came; the order of the prom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from ..configs.errors import UserError
-from .conversations import PROMPTS, read_conversations, written
+from .conversations import PROMPTS, each_conversation, written
 
 ANSWERS, SUMMARY, FAILED = "answers.jsonl", "answers.summary.json", "failed.jsonl"
 GIVEN = "given"  # a finish
@@ -64,7 +70,7 @@ def each_answer(path: Path) -> Iterator[Answer]:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """All of them at once."""
+    """All of them at once, in memory."""
     return list(each_answer(path))
 
 
@@ -73,24 +79,82 @@ def read_failures(path: Path) -> list[Failure]:
     return [Failure(**row) for _, row in written(path, Failure._fields)]
 
 
-def read_finished(folder: Path, vocab_size: int) -> list[Answer]:
+class Answers(Sequence[Answer]):
+    """The answers of a finished run, each read from its file when it is asked for: of millions, few fit into memory.
+
+    Args:
+        path: ``answers.jsonl``.
+        places: of each answer the place of its line, int64 ``[S, 2]``: its first byte, and how many it has.
+        lengths: of each answer its tokens, int32 ``[S]``.
+    """
+
+    def __init__(self, path: Path, places: np.ndarray, lengths: np.ndarray) -> None:
+        self._path, self._places, self.lengths = path, places, lengths
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def chosen(self, rows: slice | Sequence[int]) -> Answers:
+        """Some of them, in the order of ``rows``."""
+        return Answers(self._path, self._places[rows], self.lengths[rows])
+
+    def of_split(self, wanted: Callable[[str], bool]) -> Answers:
+        """Those of the splits that are wanted; every answer is looked at."""
+        return self.chosen([row for row, answer in enumerate(self) if wanted(answer.split)])
+
+    @overload
+    def __getitem__(self, index: int) -> Answer: ...
+    @overload
+    def __getitem__(self, index: slice) -> Answers: ...
+    def __getitem__(self, index: int | slice) -> Answer | Answers:
+        if isinstance(index, slice):
+            return self.chosen(index)
+        start, size = self._places[index].tolist()
+        return Answer(**json.loads(os.pread(self._file, size, start)))  # no seeking: threads and forks share the file
+
+
+def read_finished(folder: Path, vocab_size: int) -> Answers:
     """The answers in the order of the prompts, without the failures that the recipe allowed.
+
+    Every line is looked at here; held are 20 bytes an answer, and while the order is made its id.
 
     Raises:
         UserError: some are missing, or hold tokens that the target does not have.
     """
-    if not (folder / ANSWERS).exists():
+    path = folder / ANSWERS
+    if not path.exists():
         raise UserError("conversations", folder, "it holds no answers", "run eagle3 regenerate first")
-    answers = {answer.id: answer for answer in read_answers(folder / ANSWERS)}
-    prompts = read_conversations(folder / PROMPTS)
-    allowed = (folder / SUMMARY).exists() and (folder / FAILED).exists()
-    left_out = {failure.id for failure in read_failures(folder / FAILED)} if allowed else set()
-    missing = sum(prompt.id not in answers and prompt.id not in left_out for prompt in prompts)
-    if missing:
-        problem = f"{missing} of {len(prompts)} answers are missing"
-        raise UserError("conversations", folder, problem, "run eagle3 regenerate")
-    for answer in answers.values():
+    found = array("q")  # first byte, bytes and tokens of each line
+    lines: dict[str, int] = {}
+    for number, (answer, place) in enumerate(zip(each_answer(path), _places(path), strict=True)):
         if (largest := max(answer.ids)) >= vocab_size:
             problem = f"its token {largest} is beyond the target's vocabulary of {vocab_size}"
-            raise UserError("conversations", answer.id, problem, f"delete {folder / ANSWERS} and answer again")
-    return [answers[prompt.id] for prompt in prompts if prompt.id in answers]
+            raise UserError("conversations", answer.id, problem, f"delete {path} and answer again")
+        found.extend((*place, len(answer.ids)))
+        lines[answer.id] = number
+    allowed = (folder / SUMMARY).exists() and (folder / FAILED).exists()
+    left_out = {failure.id for failure in read_failures(folder / FAILED)} if allowed else set()
+    order, prompts, missing = array("q"), 0, 0
+    for prompt in each_conversation(folder / PROMPTS):
+        prompts += 1
+        if prompt.id in lines:
+            order.append(lines[prompt.id])
+        else:
+            missing += prompt.id not in left_out
+    if missing:
+        problem = f"{missing} of {prompts} answers are missing"
+        raise UserError("conversations", folder, problem, "run eagle3 regenerate")
+    table = np.array(found, dtype=np.int64).reshape(-1, 3)[np.array(order, dtype=np.int64)]
+    return Answers(path, table[:, :2].copy(), table[:, 2].astype(np.int32))
+
+
+def _places(path: Path) -> Iterator[tuple[int, int]]:
+    """The first byte, and the number of bytes, of each line that is not blank."""
+    with path.open("rb") as file:
+        start = 0
+        for line in file:
+            if line.strip():
+                yield start, len(line)
+            start += len(line)

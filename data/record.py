@@ -14,7 +14,9 @@ of held-out conversations come first, and are kept as a store.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from ..configs.signals import StopRequest
 from ..models.target import Target, TargetHead
 from ..models.target_files import TargetEnds
 from . import store
-from .answers import ANSWERS, Answer, read_finished
+from .answers import ANSWERS, Answer, Answers, read_finished
 from .chat import tokenizer_hash
 from .files import FileEntry, exclusive, file_sha256, lines_sha256, remove_temporaries, tensor_file, write_listed
 from .planning import Batch, plan
@@ -71,16 +73,16 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
         with exclusive(stage.folder / f".record-{ranks.process_index}.lock"):
             recorder = recorder or _recorder(settings, target)
             limit, name = settings.record.spool_shards, file_sha256(stage.path)
-            stored = answers if limit is None else [answer for answer in answers if answer.split != "train"]
-            shards = plan([len(answer.ids) for answer in stored], settings.record)
+            stored = answers if limit is None else answers.of_split(lambda split: split != "train")
+            shards = plan(stored.lengths.tolist(), settings.record)
             place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
             Recording(place, name, settings.record, target, stored, recorder).run(shards, stop)
             if ranks.is_main_process:
                 store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
             if limit is not None:
-                streamed = [answer for answer in answers if answer.split == "train"]
-                shards = plan([len(answer.ids) for answer in streamed], settings.record)
-                lengths = [[len(streamed[sample].ids) for batch in shard for sample in batch] for shard in shards]
+                streamed = answers.of_split(lambda split: split == "train")
+                shards = plan(streamed.lengths.tolist(), settings.record)
+                lengths = [streamed.lengths[[*chain.from_iterable(shard)]].tolist() for shard in shards]
                 if not ranks.is_main_process:
                     wait_for(run_dir / SPOOL / PLAN, "the first rank has not begun the spool yet", stop.check)
                 place = SpoolWriter(run_dir / SPOOL, name, lengths, limit)
@@ -115,8 +117,8 @@ def _manifest(
     settings: Settings,
     stage: Stage,
     target: Target | TargetEnds,
-    answers: list[Answer],
-    stored: list[Answer],
+    answers: Answers,
+    stored: Answers,
     shards: list[list[Batch]],
 ) -> Manifest:
     """Write what stands beside the shards, and describe all of it; ``stored`` are those of the answers that they hold."""
@@ -125,7 +127,7 @@ def _manifest(
     remove_temporaries(folder / store.TOKENIZER)
     entries = tuple(read_entry(shard_path(folder, number)) for number in range(len(shards)))
     tensors = Shard.open(folder, entries[0]).tensors
-    in_order = [stored[sample] for shard in shards for batch in shard for sample in batch]
+    in_order = stored.chosen([sample for shard in shards for batch in shard for sample in batch])
     beside = {
         stage.path.name: FileEntry(name, stage.path.stat().st_size),
         store.INDEX: _write_index(folder, name, in_order),
@@ -153,7 +155,7 @@ def _manifest(
     )
 
 
-def _write_index(folder: Path, recording: str, answers: list[Answer]) -> FileEntry:
+def _write_index(folder: Path, recording: str, answers: Iterable[Answer]) -> FileEntry:
     """The index of all samples, in the order in which the shards hold them."""
     index = index_of(answers)
     content = tensor_file(index.tensors(), {**index.metadata(), "recording": recording})
@@ -169,7 +171,7 @@ def _write_head(folder: Path, head: TargetHead) -> FileEntry:
     return write_listed(folder / store.HEAD, *tensor_file(stored, {"norm_eps": repr(head.norm_eps)}))
 
 
-def _write_vocabulary(folder: Path, answers: list[Answer], vocab_size: int) -> FileEntry:
+def _write_vocabulary(folder: Path, answers: Iterable[Answer], vocab_size: int) -> FileEntry:
     said = count_tokens(((a.source, a.said) for a in answers if a.split == "train"), vocab_size)
     return write_listed(folder / store.VOCABULARY, said.content())
 

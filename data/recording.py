@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import cache
@@ -193,13 +193,13 @@ class Filling:
         self.missed.append(missed)
 
 
-def index_of(answers: Sequence[Answer]) -> Index:
-    """The index of samples that are stored in this order."""
-    return Index.of(
-        [Identity(answer.id, answer.source, answer.split, answer.temperature) for answer in answers],
-        [len(answer.ids) for answer in answers],
-        [len(answer.said) for answer in answers],
+def index_of(answers: Iterable[Answer]) -> Index:
+    """The index of samples, one or more, that are stored in this order; each is looked at once."""
+    rows = (
+        (Identity(answer.id, answer.source, answer.split, answer.temperature), len(answer.ids), len(answer.said))
+        for answer in answers
     )
+    return Index.of(*zip(*rows, strict=True))
 
 
 def _computed(states: States) -> torch.cuda.Event | None:
