@@ -192,7 +192,7 @@ class Trainer:
             "loss": round(loss, 7),
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
-            "grad_norm": round(norm, 4),
+            "grad_norm": round(norm, 7),
             **figures(self.config, tokens, rows, seconds, self._clock.lap(), self._peak),
         }
 
