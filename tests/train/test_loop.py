@@ -33,6 +33,7 @@ from eagle3.train.feed import Planned
 from eagle3.train.samples import Pass, Recorded, Samples
 from eagle3.train.stage import train
 from eagle3.train.validate import Tally, validation_parts
+from safetensors.torch import save_file
 
 TIMING = {"seconds", "tokens_per_s", "tflop_per_s", "waited"}
 
@@ -292,6 +293,32 @@ def test_a_run_killed_behind_its_last_checkpoint_is_done(short: Settings, traine
     train(short, run_dir)
     for name in ("done.json", "metrics.jsonl"):
         assert (run_dir / "train" / name).read_bytes() == (trained / "train" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "the checkpoint cannot be read "),
+        (lambda path: path.unlink(), "the checkpoint cannot be read "),
+        (
+            lambda path: save_file({"lm_head.weight/weight": torch.ones(3)}, path, {"step": "15"}),
+            "it is not a checkpoint",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    short: Settings, trained: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run_dir / "train" / "done.json").unlink()
+    spoil(checkpoint.checkpoints(run_dir / "train" / "checkpoints")[-1] / "state.safetensors")
+    with pytest.raises(
+        UserError, match=f"train = .*step-000015/state.safetensors: {said}.*; delete .*step-000015 to go on"
+    ):
+        train(short, run_dir)
+    shutil.rmtree(run_dir / "train" / "checkpoints" / "step-000015")
+    train(short, run_dir)
+    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
 
 @pytest.mark.parametrize(
