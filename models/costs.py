@@ -72,7 +72,7 @@ def training_flop(config: DraftConfig, steps: int) -> int:
 def step_flop(config: DraftConfig, tokens: int, rows: Sequence[int]) -> int:
     """What an optimiser step needs: products with weights, forward and backward, and the teacher's logits.
 
-    Nothing is counted for what a trainer computes without need.
+    Nothing is counted for what a trainer computes without need, attention included, or for the gradient of features.
 
     Args:
         config: the head.
@@ -80,8 +80,8 @@ def step_flop(config: DraftConfig, tokens: int, rows: Sequence[int]) -> int:
         rows: supervised rows of every step of the rollout.
     """
     pairs = 4 * config.hidden_size * config.num_kv_heads * config.head_dim
-    first = tokens * (fc_parameters(config) + pairs) - rows[0] * pairs
-    return 6 * (first + sum(rows) * step_parameters(config)) + rows[0] * teacher_flop(config)
+    steps = 6 * (sum(rows) * step_parameters(config) + (tokens - rows[0]) * pairs)
+    return steps + 4 * tokens * fc_parameters(config) + rows[0] * teacher_flop(config)
 
 
 def teacher_flop(config: DraftConfig) -> int:

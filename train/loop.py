@@ -68,7 +68,11 @@ class Trainer:
         self._origin = None if chosen.warm_start is None else file_sha256(Path(chosen.warm_start) / WEIGHTS)
         self.config, self.vocabulary = draft.config, draft.draft_ids.clone() if draft.mapped else None
         self._saved = self._newest(draft)
-        embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
+        # As they are stored on a GPU, whose kernels widen what they read; plain torch has all in one dtype.
+        ends = (head.embedding, head.lm_head)
+        if accelerator.device.type != "cuda":
+            ends = (head.embedding.float(), head.lm_head.float())
+        embedding, lm_head = (tensor.to(accelerator.device) for tensor in ends)
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
             parameter_groups(draft, feature_scale(draft, states)),
@@ -288,5 +292,5 @@ class Trainer:
 def _sums(trained: Trained) -> Tensor:
     """Loss, then hits of every step, then rows of every step, float32 ``[1 + 2K]``."""
     hits = [result.hits.sum() for result in trained.results]
-    counts = [trained.loss.new_tensor(len(output.rows)) for output in trained.outputs]
+    counts = [trained.loss.new_tensor(len(rows)) for rows in trained.rows]
     return torch.stack([value.float() for value in (trained.loss.detach(), *hits, *counts)])

@@ -13,16 +13,20 @@ from ..configs.settings import DraftSettings, Settings, TrainSettings
 from ..data.store import Store
 from ..models.checkpoint import load_draft
 from ..models.draft import Eagle3Draft
-from ..models.rollout import RolloutBatch, StepOutput, rollout
+from ..models.rollout import RolloutBatch, rollout
 from ..models.shapes import draft_config
 from .objective import StepResult, objective, weighted
 
 
 class Trained(NamedTuple):
-    """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step."""
+    """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step.
+
+    ``rows [n, 2]`` are those of :class:`~eagle3.models.rollout.StepOutput`; its outputs are not kept, since mixed precision
+    would widen a copy of all that a forward returns.
+    """
 
     loss: Tensor
-    outputs: list[StepOutput]
+    rows: list[Tensor]
     results: list[StepResult]
 
 
@@ -43,7 +47,7 @@ class TrainingTimeTest(nn.Module):
         embedding, lm_head = self._constants
         outputs = rollout(self.draft, embedding, batch, self.settings.ttt_steps)
         results = objective(self.draft, outputs, batch, lm_head, self.settings.objective)
-        return Trained(weighted(results, self.settings.step_decay), outputs, results)
+        return Trained(weighted(results, self.settings.step_decay), [output.rows for output in outputs], results)
 
 
 def warm_draft(settings: Settings, store: Store) -> Eagle3Draft:

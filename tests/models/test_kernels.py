@@ -15,10 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # Triton reads it when it is first imported, and torch may do that.
-    pytest.skip(
-        "there is no GPU; TRITON_INTERPRET=1 in the environment runs the kernels without", allow_module_level=True
-    )
+    pytest.skip("there is no GPU; TRITON_INTERPRET=1, as make test-slow sets it, does without", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H, V, F, K, HEADS, KV_HEADS, WIDTH = 24, 97, 3, 4, 4, 2, 16
 TURNS = ["...aaaaaa", "..aaaa..aaa.aaaaa.", "aaaa.", ".....", ".a.aa"]
