@@ -197,16 +197,25 @@ def test_a_full_disk_is_told_wherever_it_shows(pipeline: Pipeline, capsys: pytes
         cli.main(["train", "tiny"])
 
 
-def test_a_full_disk_keeps_the_recipe(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_recipe(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["run", "tiny", "train.epochs=3"]) == 0
-    files = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
 
     def full(path: Path, content: bytes) -> int:
         path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert cli.main(["run", "tiny", "train.epochs=4"]) == 2
+    def refusing(run: cli.Run) -> None:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        raise UserError("run.root", "runs", "it cannot be written", "free some space")
+
+    pipeline.outcome["train"] = refusing
+    assert cli.main(["train", "tiny", "train.epochs=4"]) == 2  # the stage met the full disk, and so does its end
+    assert capsys.readouterr().err == "error: run.root = runs: it cannot be written; free some space\n"
+    assert load(Path("runs/tiny/config.yaml")).train.epochs == 4
+    files = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
+    assert cli.main(["run", "tiny", "train.epochs=5"]) == 2
     assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == files
 
 
