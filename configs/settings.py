@@ -96,7 +96,7 @@ class RegenerateSettings:
     """Seconds that a server may take over a turn. When none has answered for as long, the stage ends with exit code 3."""
     retries: int = 5
     """How often a request that failed (server error, time-out, lost connection) is made again, after pauses that grow; one
-    that is refused (a code 4xx other than 408 and 429) is not. What is left without an answer is listed in
+    that is refused (a code 4xx other than 408, 425 and 429) is not. What is left without an answer is listed in
     conversations/failed.jsonl with the server's words, and asked again when the stage is started again."""
     allowed_failures: float = 0.0
     """Share of the conversations that may stay without an answer; with more the stage ends with exit code 3."""

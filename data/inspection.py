@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..configs.errors import UserError
+from ..configs.loader import load
 from .answers import ANSWERS, SUMMARY
 from .files import file_sha256
 from .shards import PATTERN, Shard, ShardEntry, facts_path, read_entry
@@ -18,6 +20,7 @@ from .store import MANIFEST, STAGE, Manifest, Store, check_recording, damage, re
 from .verification import differing
 
 VOCABULARY_SHARES = (16, 8, 4, 2)  # draft vocabularies that are shown, as parts of the target's
+ALL_SOURCES = "all sources"
 NAMED = 3  # files that an error names; the others are counted there, and listed before
 WHOLE = "every checksum holds"
 
@@ -171,13 +174,25 @@ def _samples(store: Store) -> list[str]:
 
 
 def _coverage(store: Store) -> list[str]:
-    """What share of each source's training answers draft vocabularies of several sizes can say."""
-    sizes = [store.manifest.target["vocab_size"] // part for part in VOCABULARY_SHARES]
-    coverage = {size: store.draft_vocabulary(size).coverage for size in sizes if size}
-    sources = sorted({source for shares in coverage.values() for source in shares})
-    width = max((len(source) for source in sources), default=0) + 2
-    title = "draft vocabulary covers"
-    lines = [f"{title:<{width + 12}}" + "".join(f"{f'D={size:,}':>12}" for size in coverage)]
-    for source in sources:
-        lines.append(f"{'':<12}{source:<{width}}" + "".join(f"{shares[source]:>12.1%}" for shares in coverage.values()))
-    return lines
+    """What share of the training answers, of all and of each source's, draft vocabularies of several sizes can say."""
+    whole, chosen = store.manifest.target["vocab_size"], _chosen_size(store)
+    sizes = sorted(({whole // part for part in VOCABULARY_SHARES} | {chosen or 0}) - {0})
+    vocabularies = [store.draft_vocabulary(size) for size in sizes]
+    rows = [("draft vocabulary covers", *(f"D={size:,}" for size in sizes))]
+    rows += [(ALL_SOURCES, *(f"{vocabulary.covered:.1%}" for vocabulary in vocabularies))]
+    for source in vocabularies[0].coverage if vocabularies else ():
+        rows.append((f"  {source}", *(f"{vocabulary.coverage[source]:.1%}" for vocabulary in vocabularies)))
+    width = max(len(name) for name, *_ in rows)
+    lines = [name.ljust(width) + "".join(f"{share:>12}" for share in shares) for name, *shares in rows]
+    return lines if chosen is None else [*lines, f"D={chosen:,} is that of the run's recipe"]
+
+
+def _chosen_size(store: Store) -> int | None:
+    """The draft vocabulary's size in the recipe of the run that holds the store, if there is one that fits."""
+    recipe = store.path.parent / "config.yaml"
+    if not recipe.is_file():
+        return None
+    with suppress(UserError):  # an older version's; the store is none the worse
+        size = load(recipe).draft.vocab_size
+        return size if size <= store.manifest.target["vocab_size"] else None
+    return None

@@ -16,6 +16,7 @@ import pytest
 from eagle3 import cli
 from eagle3.configs import status
 from eagle3.configs.errors import UserError
+from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
 from eagle3.data import inspection, verification
 from eagle3.data.record import record
@@ -77,8 +78,43 @@ def test_description(finished: Path, tiny_target: Target, inspect) -> None:
     assert "agreement    100.000% of" in text
     rows = [line.split() for line in text.splitlines() if line.startswith("train")]
     assert [(row[1], int(row[2])) for row in rows] == [("sums", 8), ("words", 8)]
-    assert "draft vocabulary covers" in text
     assert "checksum holds" not in text
+
+
+def coverage(text: str) -> list[list[str]]:
+    """The table of what draft vocabularies cover, with what stands below it."""
+    lines = text.splitlines()
+    start = next(at for at, line in enumerate(lines) if line.startswith("draft vocabulary covers"))
+    return [line.split() for line in lines[start:]]
+
+
+def shown(store: Store, sizes: list[int]) -> list[list[str]]:
+    """The same table of these sizes, from the vocabularies themselves."""
+    found = [store.draft_vocabulary(size) for size in sizes]
+    return [
+        ["draft", "vocabulary", "covers", *(f"D={size:,}" for size in sizes)],
+        ["all", "sources", *(f"{vocabulary.covered:.1%}" for vocabulary in found)],
+        *([name, *(f"{vocabulary.coverage[name]:.1%}" for vocabulary in found)] for name in ("sums", "words")),
+    ]
+
+
+def test_coverage_of_all_answers_and_of_each_source(
+    run_dir: Path, recipe: Settings, changed: Callable[..., Settings], inspect
+) -> None:
+    store = Store(run_dir / "store")
+    size = store.manifest.target["vocab_size"]
+    shares = [size // part for part in (16, 8, 4, 2)]
+    assert coverage(inspect(run_dir).out) == shown(store, shares)
+    save(recipe, run_dir / "config.yaml")
+    with_recipe = [*shown(store, sorted([*shares, 64])), ["D=64", "is", "that", "of", "the", "run's", "recipe"]]
+    assert coverage(inspect(run_dir).out) == coverage(inspect(store.path).out) == with_recipe
+    save(changed("draft", vocab_size=size), run_dir / "config.yaml")
+    *table, words = coverage(inspect(run_dir).out)
+    assert [row[-1] for row in table] == [f"D={size:,}", "100.0%", "100.0%", "100.0%"]
+    assert words[0] == f"D={size:,}"
+    for recipe_text in ("draft:\n  vocab_size: 1000000\n", "draft:\n  no_such_setting: 1\n"):
+        (run_dir / "config.yaml").write_text(recipe_text)
+        assert coverage(inspect(run_dir).out) == shown(store, shares)
 
 
 def test_a_run_is_as_good_as_its_store(finished: Path, inspect) -> None:

@@ -24,7 +24,7 @@ from eagle3.data.conversations import Conversation
 from eagle3.data.recorders import States
 from eagle3.data.vllm_launch import launch_command
 from eagle3.data.vllm_recorder import VllmRecorder
-from eagle3.models.target import Target, TargetOutput, load_target, load_text
+from eagle3.models.target import Target, TargetOutput, load_target
 from eagle3.models.target_files import layers_of, load_ends
 from eagle3.models.target_info import find_decoder
 from torch import Tensor
