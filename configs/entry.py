@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from .errors import Eagle3Error, Interrupted, UserError
-from .loader import save
+from .loader import save, write_recipe
 from .settings import Settings
 
 RESUMABLE = Interrupted.exit_code
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Lazy:
@@ -37,7 +39,8 @@ def finish(command: Callable[[], None]) -> int:
     """Run ``command``; returns its exit code, having said on stderr, in one line, why it is not 0.
 
     SIGTERM outside a stage's units ends the command as Ctrl-C does. What a stage has finished stays, so both are
-    resumable; so is a command whose reader went away. Other exceptions are bugs and keep their traceback.
+    resumable; so is a command whose reader went away. A disk that is full, or a quota that is used up, is the user's to
+    mend wherever it shows. Other exceptions are bugs and keep their traceback.
     """
     earlier = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -55,6 +58,13 @@ def finish(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails once more
         return RESUMABLE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        place = Path(error.filename).parent if isinstance(error.filename, str) else "(unknown)"
+        remedy = "free some space and run the command again: what is finished is kept"
+        print(f"error: {UserError('disk', place, f'it is full ({error.strerror})', remedy)}", file=sys.stderr)
+        return UserError.exit_code
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return 0
@@ -81,12 +91,14 @@ def opened(settings: Settings) -> Iterator[Path]:
         save(settings, recipe)
     except OSError as error:
         problem = f"{folder} cannot be written ({error.strerror})"
-        raise UserError("run.root", settings.run.root, problem, "choose a folder that you may write to") from error
+        remedy = "free some space or choose a folder that you may write to"
+        raise UserError("run.root", settings.run.root, problem, remedy) from error
     try:
         yield folder
     except UserError:
         if earlier is not None:
-            recipe.write_bytes(earlier)
+            with suppress(OSError):  # the disk may be what was refused
+                write_recipe(earlier, recipe)
         raise
 
 

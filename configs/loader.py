@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from functools import cache
 from pathlib import Path
@@ -62,10 +63,20 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def save(settings: Settings, path: Path) -> None:
-    """Write every setting, so that :func:`load` gives the same again; readers see the old file or the new one."""
+    """Write every setting, so that :func:`load` gives the same again."""
+    write_recipe(dump(settings).encode(), path)
+
+
+def write_recipe(content: bytes, path: Path) -> None:
+    """Write a recipe; readers, and a disk that is full, have the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(dump(settings), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def dump(settings: Settings) -> str:

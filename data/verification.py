@@ -1,6 +1,8 @@
-"""Whether files are what was written: many are read at once, and a line says how far it is.
+"""Whether files are what was written: many are read at once, and a line says how far it is where that takes long.
 
-differing(folder, {"head.safetensors": entry}, hashed=["head.safetensors"])    # {name: what is wrong with it}
+    differing(folder, {"head.safetensors": entry}, hashed=["head.safetensors"])    # {name: what is wrong with it}
+
+A file that cannot be read is one that differs: what is wrong with the others is still told.
 """
 
 from __future__ import annotations
@@ -13,36 +15,11 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .files import FileEntry
-from .progress import Progress
+from ..configs.status import StatusLine, minutes
+from .files import BLOCK, FileEntry
 from .units import in_bytes
 
-BLOCK = 1 << 20
 READERS = min(32, max(4, os.cpu_count() or 1))  # hashing takes a core each, a network's disks take several readers
-PATIENCE = 2.0  # seconds of reading after which the user is told how far it is
-
-
-class Reading(Progress):
-    """Counts bytes that several threads read: ``verify 1.20 of 4.10 TB, 5.31 GB/s, 9:06 left``."""
-
-    def __init__(self, total: int) -> None:
-        super().__init__("verify", "bytes", total)
-        self._total, self._begun, self._unsaid = total, time.monotonic(), 0
-        self._lock = threading.Lock()
-
-    def read(self, count: int) -> None:
-        """Count ``count`` bytes more."""
-        with self._lock:
-            self._unsaid += count
-            if time.monotonic() - self._begun >= PATIENCE:
-                self.advance(self._unsaid, 0)
-                self._unsaid = 0
-
-    def __str__(self) -> str:
-        speed = self.done / max(time.monotonic() - self._begun, 1e-9)
-        minutes, seconds = divmod(round((self._total - self.done) / max(speed, 1e-9)), 60)
-        done, total = in_bytes(self.done), in_bytes(self._total)
-        return f"{self.stage} {done} of {total}, {in_bytes(speed)}/s, {minutes}:{seconds:02d} left"
 
 
 def differing(folder: Path, files: Mapping[str, FileEntry], hashed: Collection[str]) -> dict[str, str]:
@@ -58,10 +35,14 @@ def differing(folder: Path, files: Mapping[str, FileEntry], hashed: Collection[s
     """
     problems = {name: problem for name, entry in files.items() if (problem := _seen(folder / name, entry))}
     read = [name for name in files if name in hashed and name not in problems]
-    reading = Reading(sum(files[name].bytes for name in read))
+    reading = _Reading(sum(files[name].bytes for name in read))
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(lambda name: _read(folder / name, files[name], reading), read)
-        problems |= {name: problem for name, problem in zip(read, found, strict=True) if problem}
+        try:
+            found = list(pool.map(lambda name: reading.compare(folder / name, files[name]), read))
+        finally:
+            reading.abandoned = True  # after a signal nobody waits for the other files
+    reading.finish()
+    problems |= {name: problem for name, problem in zip(read, found, strict=True) if problem}
     return {name: problems[name] for name in files if name in problems}
 
 
@@ -72,13 +53,38 @@ def _seen(path: Path, entry: FileEntry) -> str | None:
     return None if size == entry.bytes else f"it has {size:,} bytes and not {entry.bytes:,}"
 
 
-def _read(path: Path, entry: FileEntry, reading: Reading) -> str | None:
-    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(block):
-                digest.update(block[:count])
-                reading.read(count)
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    return None if digest.hexdigest() == entry.sha256 else "its checksum is not that of what was recorded"
+class _Reading:
+    """Files of ``total`` bytes that several threads read: ``verify 1.20 TB of 4.10 TB, 5.31 GB/s, 9:06 left``."""
+
+    def __init__(self, total: int) -> None:
+        self.abandoned = False
+        self._total, self._done, self._said = total, 0, False
+        self._started, self._line, self._lock = time.monotonic(), StatusLine(patient=True), threading.Lock()
+
+    def compare(self, path: Path, entry: FileEntry) -> str | None:
+        """What is wrong with the content of a file, if anything is."""
+        digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+        try:
+            with path.open("rb", buffering=0) as file:
+                while not self.abandoned and (size := file.readinto(block)):
+                    digest.update(block[:size])
+                    self._advance(size)
+        except OSError as error:
+            return f"it cannot be read ({error.strerror})"
+        return None if digest.hexdigest() == entry.sha256 else "its checksum is not that of what was recorded"
+
+    def _advance(self, size: int) -> None:
+        with self._lock:
+            self._done += size
+            if self._line.due:
+                self._said = True
+                self._line.show(str(self))
+
+    def finish(self) -> None:
+        if self._said:
+            self._line.show(str(self), last=True)
+
+    def __str__(self) -> str:
+        speed = self._done / max(time.monotonic() - self._started, 1e-9)
+        left = minutes((self._total - self._done) / max(1.0, speed))
+        return f"verify {in_bytes(self._done)} of {in_bytes(self._total)}, {in_bytes(speed)}/s, {left} left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -182,10 +183,40 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: li
 def test_a_folder_that_cannot_be_written(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").touch()
     assert cli.main(["run", "tiny", "run.root=file"]) == 2
-    message = (
-        "error: run.root = file: file/tiny cannot be written (Not a directory); choose a folder that you may write to"
-    )
-    assert capsys.readouterr().err == f"{message}\n"
+    problem, remedy = "file/tiny cannot be written (Not a directory)", "choose a folder that you may write to"
+    assert capsys.readouterr().err == f"error: run.root = file: {problem}; free some space or {remedy}\n"
+
+
+def test_a_full_disk_is_told_wherever_it_shows(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.outcome["train"] = raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/tiny/train/log"))
+    assert cli.main(["train", "tiny"]) == 2
+    remedy = "free some space and run the command again: what is finished is kept"
+    assert capsys.readouterr().err == f"error: disk = runs/tiny/train: it is full (No space left on device); {remedy}\n"
+    pipeline.outcome["train"] = raising(OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.main(["train", "tiny"])
+
+
+def test_a_full_disk_keeps_the_recipe(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", "tiny", "train.epochs=3"]) == 0
+
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refusing(run: cli.Run) -> None:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        raise UserError("run.root", "runs", "it cannot be written", "free some space")
+
+    pipeline.outcome["train"] = refusing
+    assert cli.main(["train", "tiny", "train.epochs=4"]) == 2  # the stage met the full disk, and so does its end
+    assert capsys.readouterr().err == "error: run.root = runs: it cannot be written; free some space\n"
+    assert load(Path("runs/tiny/config.yaml")).train.epochs == 4
+    files = {path: path.read_bytes() for path in Path("runs/tiny").iterdir()}
+    assert cli.main(["run", "tiny", "train.epochs=5"]) == 2
+    assert {path: path.read_bytes() for path in Path("runs/tiny").iterdir()} == files
 
 
 def test_several_runs_are_compared(pipeline: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:

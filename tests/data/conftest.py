@@ -1,4 +1,4 @@
-"""Crashes between any two steps of a writer, what a folder holds, and servers with troubles."""
+"""Crashes between any two steps of a writer, what a folder holds, servers with troubles, and a run of the real target."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from eagle3.configs import loader
+from eagle3.configs.settings import RecordSettings, Settings, TargetSettings
 from eagle3.data import endpoints
+from eagle3.data.prepare import prepare
+from eagle3.data.record import record
+from eagle3.data.regenerate import regenerate
 from eagle3.models.generate import Answer
-from eagle3.models.target import Target
+from eagle3.models.target import Target, load_target
 
 
 class Crash(BaseException):
@@ -101,6 +107,34 @@ def asked(run_dir: Path) -> Path:
     for name in ("answers.jsonl", "answers.summary.json", "regenerate.stage.json"):
         (run_dir / "conversations" / name).unlink()
     return run_dir
+
+
+EMBEDDED = {"train": 120, "validation": 4, "test": 4}
+
+
+@pytest.fixture(scope="session")
+def embedded(recipe: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recorded run of the target that ships, of some hundred small shards, with its ``recipe.yaml``; not to be written to."""
+    run, prompts = tmp_path_factory.mktemp("embedded"), tmp_path_factory.mktemp("prompts") / "embedded.jsonl"
+    rows = [
+        {"source": "code", "split": split, "prompt": f"What does f{number}({split}) return?"}
+        for split, count in EMBEDDED.items()
+        for number in range(count)
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = replace(
+        recipe,
+        target=TargetSettings(),
+        prepare=replace(recipe.prepare, prompts=str(prompts), **EMBEDDED),
+        regenerate=replace(recipe.regenerate, max_new_tokens=16, batch_size=64),
+        record=RecordSettings(batch_tokens=40, shard_tokens=40),
+    )
+    (run / "recipe.yaml").write_text(loader.dump(settings))
+    target = load_target(settings.target)
+    prepare(settings, run, target.text)
+    regenerate(settings, run, target)
+    record(settings, run, target)
+    return run
 
 
 class Stub(ThreadingHTTPServer):

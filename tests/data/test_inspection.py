@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from eagle3 import cli
+from eagle3.configs import status
 from eagle3.configs.errors import UserError
 from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
@@ -336,7 +337,7 @@ def test_a_disk_that_cannot_be_read(run_dir: Path, inspect, monkeypatch: pytest.
 def test_what_takes_long_says_how_far_it_is(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(verification, "PATIENCE", 0.0)
+    monkeypatch.setattr(status, "INTERVAL_LOG", 0.0)
     assert Store(finished / "store").verify() == []
     lines = capsys.readouterr().err.splitlines()
     size = r"[\d.]+ kB"

@@ -67,6 +67,12 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing keeps filling the disk
 
 
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/inner: it cannot be written \(Not a directory\)"):
+        write_atomic(tmp_path / "file" / "inner", b"")
+
+
 def test_only_the_temporaries_that_are_asked_for(tmp_path: Path) -> None:
     for name in (".a-1.json.17.tmp", ".a-2.json.17.tmp", "a-1.json", ".lock"):
         (tmp_path / name).touch()
