@@ -28,7 +28,7 @@ test: $(VENV)/dev ## the tests, less those that take minutes
 	@$(BIN)/python -m pytest -q -rs --durations=10
 
 test-slow: $(VENV)/dev ## the tests that take minutes
-	@$(BIN)/python -m pytest -q -rs --durations=10 -m slow
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -rs --durations=10 -m slow
 
 test-serving: $(VENV)/dev $(SERVING)/engine demo ## the demo's head in a real vLLM on the CPU
 	@$(BIN)/python -m pytest -q -rs --durations=10 -m serving

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from .eval import stage as evaluation
     from .models import target as targets
     from .models import target_files
-    from .train import loop
+    from .train import stage as training
 else:
     inspection = Lazy("eagle3.data.inspection")
     plan, plan_table = Lazy("eagle3.data.plan"), Lazy("eagle3.data.plan_table")
     export, report = Lazy("eagle3.eval.export"), Lazy("eagle3.eval.report")
     imports = Lazy("eagle3.eval.imports")
     prepare, regenerate = Lazy("eagle3.data.prepare"), Lazy("eagle3.data.regenerate")
-    record, loop = Lazy("eagle3.data.record"), Lazy("eagle3.train.loop")
+    record, training = Lazy("eagle3.data.record"), Lazy("eagle3.train.stage")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
     target_files = Lazy("eagle3.models.target_files")
 
@@ -104,7 +104,7 @@ STAGES = {
     "train": Stage(
         "train the draft head",
         lambda run: (run.folder / "train" / "done.json").exists(),
-        lambda run: loop.train(run.settings, run.folder),
+        lambda run: training.train(run.settings, run.folder),
         ("run", "draft", "train", "eval"),
     ),
     "eval": Stage(
@@ -175,7 +175,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         case "plan":
             show_plan(parsed)
         case "inspect":
-            print(inspection.inspect(parsed.store, parsed.verify))
+            for line in inspection.inspect(parsed.store, parsed.verify):
+                print(line, flush=True)
         case "export":
             export_head(parsed)
         case "import":
@@ -189,7 +190,17 @@ def _dispatch(arguments: Sequence[str]) -> None:
 
 
 def run_stages(names: Sequence[str], run: Run) -> None:
-    """Complete the named stages in order, saying of each how long it took; after eval, report."""
+    """Complete the named stages in order, saying of each how long it took; after eval, report.
+
+    Raises:
+        UserError: a stage's, or two that must run side by side are to run one after the other.
+    """
+    limit = run.settings.record.spool_shards
+    if limit is not None and len(names) > 1 and not (run.folder / "train" / "done.json").exists():
+        remedy = (
+            "start eagle3 prepare and regenerate, then eagle3 record and eagle3 train at once, and then eagle3 eval"
+        )
+        raise UserError("record.spool_shards", limit, "recording waits for a trainer that reads meanwhile", remedy)
     for name in names:
         stage = STAGES[name]
         with _timed(name) as outcome:
@@ -270,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     ))  # fmt: skip
     inspect = commands.add_parser("inspect", help=OTHERS["inspect"], allow_abbrev=False)
     inspect.add_argument("store", metavar="STORE", type=Path, help="the store, or the run that holds it")
-    inspect.add_argument("--verify", action="store_true", help="check every checksum; exit code 3 if one fails")
+    inspect.add_argument("--verify", action="store_true", help="read every byte; exit code 2 if any is damaged")
     exports = commands.add_parser(
         "export", help=OTHERS["export"], description=EXPORT, epilog=FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,

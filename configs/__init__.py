@@ -7,6 +7,7 @@
 ``entry``       how a command reads its recipe and how it ends
 ``errors``      what a user is told, and with which exit code
 ``signals``     SIGTERM and SIGINT between two units of work
+``status``      the line on stderr that says how far something long is
 ==============  ==============================================================================
 
 Beside them: recipes (``*.yaml``), ``accelerate/`` for launchers and the ``deepspeed/`` files that those name.

@@ -32,6 +32,7 @@ class UserError(Eagle3Error):
     exit_code = 2
 
     def __init__(self, setting: str, value: object, problem: str, remedy: str) -> None:
+        self.problem = problem
         super().__init__(" ".join(f"{setting} = {value}: {problem}; {remedy}".split()))
 
 

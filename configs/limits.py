@@ -62,6 +62,7 @@ LIMITS = {
     "regenerate.allowed_failures": SHARE,
     "record.batch_tokens": _least(1),
     "record.shard_tokens": _least(1),
+    "record.spool_shards": _least(1),
     "record.server_gpus": _least(1),
     "record.in_flight": _least(1),
     "record.patience_s": POSITIVE,
@@ -82,6 +83,7 @@ LIMITS = {
     "train.warmup": SHARE,
     "train.clip": POSITIVE,
     "train.validate_every": _least(1),
+    "train.patience": _least(1),
     "train.keep_checkpoints": _least(1),
     "eval.chain": _least(1),
     "eval.temperatures": NOT_NEGATIVE,
@@ -110,6 +112,9 @@ def check(settings: Settings) -> None:
         _check_endpoints(f"{section}.endpoints", values[f"{section}.endpoints"])
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
+    if settings.record.spool_shards is not None and settings.train.epochs != 1:
+        problem = f"states in a spool (record.spool_shards = {settings.record.spool_shards}) are read once"
+        raise UserError("train.epochs", settings.train.epochs, problem, "set train.epochs=1, or set no spool_shards")
     _check_heads(settings.draft.num_heads, settings.draft.num_kv_heads, settings.draft.head_dim)
 
 

@@ -96,7 +96,7 @@ class RegenerateSettings:
     """Seconds that a server may take over a turn. When none has answered for as long, the stage ends with exit code 3."""
     retries: int = 5
     """How often a request that failed (server error, time-out, lost connection) is made again, after pauses that grow; one
-    that is refused (a code 4xx other than 408 and 429) is not. What is left without an answer is listed in
+    that is refused (a code 4xx other than 408, 425 and 429) is not. What is left without an answer is listed in
     conversations/failed.jsonl with the server's words, and asked again when the stage is started again."""
     allowed_failures: float = 0.0
     """Share of the conversations that may stay without an answer; with more the stage ends with exit code 3."""
@@ -110,10 +110,14 @@ class RecordSettings:
     """Most tokens of one recording batch, padding included; a longer conversation is a batch of its own."""
     shard_tokens: int = 32768
     """Most tokens of one shard: the unit that is written, published and resumed."""
-    features_dtype: str = "bfloat16"
-    """Storage of the features: bfloat16, float32, or float8_e4m3fn (FP8, with a scale per token and layer)."""
-    last_hidden_dtype: str = "bfloat16"
+    features_dtype: str = "float8_e4m3fn"
+    """Storage of the features: float8_e4m3fn (FP8, with a scale per token and layer), bfloat16, or float32."""
+    last_hidden_dtype: str = "float8_e4m3fn"
     """Storage of the last hidden states, from which the teacher's logits are computed: as for the features."""
+    spool_shards: int | None = None
+    """For states that no disk holds at once: most shards of training states that stand at a time. Recorder and trainer then
+    run side by side; the trainer reads every shard once, in one epoch, and deletes what its checkpoints cover. Held-out
+    states are kept in the store. Default: everything is."""
     endpoints: tuple[str, ...] = ()
     """vLLM servers that record, as http://127.0.0.1:8000; none: the target runs in this process."""
     server_gpus: int = 1
@@ -179,6 +183,8 @@ class TrainSettings:
     """Folder of a head to go on from, such as a run's draft/ or one that `eagle3 import` wrote; its vocabulary is kept."""
     validate_every: int = 100
     """Optimiser steps between validations; the head with the best simulated acceptance length is kept."""
+    patience: int | None = None
+    """Validations in a row without a better head after which training ends early. Default: it never does."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept beside the best head."""
     tracker: str = "disabled"

@@ -12,7 +12,7 @@ import json
 import os
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -96,13 +96,21 @@ class Answers(Sequence[Answer]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def chosen(self, rows: slice | Sequence[int]) -> Answers:
+        """Some of them, in the order of ``rows``."""
+        return Answers(self._path, self._places[rows], self.lengths[rows])
+
+    def of_split(self, wanted: Callable[[str], bool]) -> Answers:
+        """Those of the splits that are wanted; every answer is looked at."""
+        return self.chosen([row for row, answer in enumerate(self) if wanted(answer.split)])
+
     @overload
     def __getitem__(self, index: int) -> Answer: ...
     @overload
     def __getitem__(self, index: slice) -> Answers: ...
     def __getitem__(self, index: int | slice) -> Answer | Answers:
         if isinstance(index, slice):
-            return Answers(self._path, self._places[index], self.lengths[index])
+            return self.chosen(index)
         start, size = self._places[index].tolist()
         return Answer(**json.loads(os.pread(self._file, size, start)))  # no seeking: threads and forks share the file
 

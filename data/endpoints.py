@@ -4,26 +4,20 @@
     endpoint.find_model(None)
     endpoint.complete([1, 5, 9], max_tokens=128, temperature=0.0, seed=0).ids
 
-It is asked with the standard library: an answer takes seconds, so a connection for each costs nothing, and nobody has
-to install or follow a client.
+A trouble is the server's, the request's, or the recipe's, and each has its own exception.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
 from typing import Any, NamedTuple
 
 from ..configs.errors import UserError
+from .client import Client, Trouble
 
 PROBE_S = 10.0  # for a server to list its models
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 60.0
-WORDS = 200  # characters of a server's refusal that are passed on
 BUSY = (429, 503)
 #: Codes that say that the address, the model or the key is wrong, and not the request.
 MISDIRECTED = (401, 403, 404, 405)
@@ -95,17 +89,15 @@ class Endpoint:
     """
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        self.url, self._timeout_s = url.rstrip("/").removesuffix("/v1"), timeout_s
+        self._client = Client(url, timeout_s, self._meaning)
+        self._prober = Client(url, min(PROBE_S, timeout_s), self._meaning)
+        self.url = self._client.url
         self.model, self.strict = "", False
         self._answered = False
 
     def find_model(self, name: str | None) -> None:
         """Set ``model`` to ``name``, or to the first that the server lists."""
-        listed = self._read("/v1/models", None, min(PROBE_S, self._timeout_s))
-        try:
-            models = [str(entry["id"]) for entry in listed["data"]]
-        except (KeyError, TypeError):
-            models = []
+        models = [str(entry["id"]) for entry in self._prober.models()]
         if not models:
             raise self._mistaken("it lists no models", "give the address of an OpenAI-compatible server")
         if name is not None and name not in models:
@@ -134,48 +126,21 @@ class Endpoint:
         """The whole ``body``, or what OpenAI's own interface has of it where that is taken and the whole is refused."""
         if not self.strict:
             try:
-                return self._read("/v1/completions", body, self._timeout_s)
+                return self._client.json("/v1/completions", body)
             except Refused:
                 if self._answered and not self.strict:  # it took these parameters before
                     raise
-        found = self._read("/v1/completions", {name: body[name] for name in OPENAI}, self._timeout_s)
+        found = self._client.json("/v1/completions", {name: body[name] for name in OPENAI})
         self.strict = True
         return found
 
-    def _read(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        content = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(self.url + path, content, headers)
-            with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                return json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            raise self._trouble(error) from None
-        except urllib.error.URLError as error:  # it is raised before the server has the request
-            raise Unavailable(f"{self.url} cannot be reached ({error.reason})") from None
-        except TimeoutError:
-            raise Failed(f"{self.url} did not answer within {timeout_s:g} s") from None
-        except (OSError, HTTPException) as error:
-            raise Failed(f"{self.url} broke off ({error or type(error).__name__})") from None
-        except ValueError:
-            raise Failed(f"{self.url} answers with no JSON") from None
-
-    def _trouble(self, error: urllib.error.HTTPError) -> Exception:
-        """What an HTTP code means, in the server's words."""
-        with error:
-            try:
-                said = " ".join(error.read().decode(errors="replace").split())[:WORDS]
-            except (OSError, HTTPException):
-                said = error.reason
-        words = f"{self.url} says {error.code}: {said}"
-        if error.code in BUSY:
-            asked = error.headers.get("Retry-After", "")
-            return Unavailable(words, min(float(asked), LONGEST_PAUSE_S) if asked.isdecimal() else 0.0)
-        if error.code in MISDIRECTED and not self._answered:
-            return self._mistaken(f"it says {error.code}: {said}", "check address, served_model and OPENAI_API_KEY")
-        return Failed(words) if error.code >= 500 or error.code in (408, *MISDIRECTED) else Refused(words)
+    def _meaning(self, trouble: Trouble) -> Exception:
+        words = f"{self.url} {trouble}"
+        if not trouble.sent or trouble.code in BUSY:
+            return Unavailable(words, min(trouble.pause_s, LONGEST_PAUSE_S))
+        if trouble.code in MISDIRECTED and not self._answered:
+            return self._mistaken(f"it {trouble}", "check address, served_model and OPENAI_API_KEY")
+        return Failed(words) if trouble.transient or trouble.code in (200, *MISDIRECTED) else Refused(words)
 
     def _mistaken(self, problem: str, remedy: str) -> UserError:
         return UserError("regenerate.endpoints", self.url, problem, remedy)

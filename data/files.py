@@ -67,6 +67,15 @@ def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
         raise unwritable(path, error) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` where it is missing, so that a power cut does not take it; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
 def write_folder(folder: Path, contents: Mapping[str, bytes], setting: str) -> None:
     """Write a new folder of files, which is there whole or not at all.
 

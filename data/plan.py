@@ -9,7 +9,6 @@ user measured: none is made up.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -21,15 +20,17 @@ from ..configs.settings import RecordSettings, Settings
 from ..models import costs
 from ..models.costs import Micro
 from ..models.draft import DraftConfig
-from ..models.shapes import TargetShape, draft_config, read_shape
+from ..models.shapes import TargetShape, draft_config
+from ..models.target_files import read_shape
 from .files import encode_json
-from .store import MANIFEST, read_manifest
+from .plan_tokens import Tokens, count_tokens
 from .units import in_bytes
 from .vocabulary import check_draft_size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
 SCALE = 4  # bytes beside a token's float8 states, for each layer
 TOKEN = 5  # bytes of its id and its place in the loss mask
+TEXT = 5  # bytes of a prompt's token as text, with its share of what stands around it
 STORED = (("bfloat16", "bfloat16"), ("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn"))
 CHECKPOINT = 14  # bytes a parameter: bfloat16 weights, float32 ones, AdamW's two moments; 12 without DeepSpeed
 OPTIONS = {
@@ -46,30 +47,6 @@ class Speeds(NamedTuple):
     regenerate: float | None
     record: float | None
     train: float | None
-
-
-class Tokens(NamedTuple):
-    """``conversations``, ``training`` ones among them, tokens of all; whether and where the tokens were counted.
-
-    The target need not write the ``given`` ones of the answers' tokens.
-    """
-
-    conversations: int
-    training: int
-    prompt: int
-    answer: int
-    given: int
-    measured: bool
-    origin: str
-
-    @property
-    def all(self) -> int:
-        return self.prompt + self.answer
-
-    @property
-    def trained(self) -> int:
-        """Tokens of training conversations, taken to be as long as the others."""
-        return self.all * self.training // max(1, self.conversations)
 
 
 @dataclass(frozen=True)
@@ -107,7 +84,7 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
     shape = read_shape(settings.target)
     check_draft_size(settings.draft.vocab_size, shape.vocab_size)
     config = draft_config(settings.draft, asdict(shape))
-    tokens = count_tokens(settings, folder)
+    tokens = count_tokens(settings, folder, shape.max_positions)
     stored_as, per_token = _stored(settings.record, shape)
     store = {name: _store_bytes(settings, shape, tokens, size) for name, size in per_token.items()}
     disk = _disk(settings, folder, config, tokens, store[stored_as])
@@ -126,7 +103,7 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
         stored_as=stored_as,
         disk=disk,
         gpus=gpus,
-        memory=_memory(settings, shape, gpus),
+        memory=_memory(settings, shape, tokens.longest, gpus),
         training_memory=_training_memory(settings, config, tokens, per_token[stored_as], gpus),
         hours={
             "regenerate": _hours(tokens.answer - tokens.given, speeds.regenerate),
@@ -135,32 +112,6 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
         },
         warnings=_warnings(settings, disk),
     )
-
-
-def count_tokens(settings: Settings, folder: Path) -> Tokens:
-    """What the run's store or answers hold; else its prompts, or the recipe's, each as long as the recipe allows."""
-    asked, origin = settings.prepare, "the recipe's counts"
-    training, conversations = asked.train, asked.train + asked.validation + asked.test
-    answers = {"asked": conversations, "given": 0}
-    chosen, answered = folder / "conversations" / "summary.json", folder / "conversations" / "answers.summary.json"
-    if chosen.exists():
-        summary = json.loads(chosen.read_bytes())
-        kept = {split: sum(counts.values()) for split, counts in summary["kept"].items()}
-        training, conversations, origin = kept["train"], sum(kept.values()), "the chosen prompts"
-        answers = summary["answers"]
-    prompt, said = conversations * asked.max_prompt_tokens, sum(answers.values()) * settings.regenerate.max_new_tokens
-    measured = True
-    if (folder / "store" / MANIFEST).exists():
-        manifest, origin = read_manifest(folder / "store"), "the recorded store"
-        conversations, said = manifest.samples, manifest.supervised_tokens
-        prompt = manifest.tokens - said
-    elif answered.exists():
-        found, origin = json.loads(answered.read_bytes()), "the answers"
-        conversations, prompt, said = found["answers"], found["prompt_tokens"], found["answer_tokens"]
-    else:
-        measured = False
-    given = said * answers["given"] // max(1, sum(answers.values()))
-    return Tokens(conversations, training, prompt, said, given, measured, origin)
 
 
 def bytes_per_token(shape: TargetShape, features: str, last_hidden: str) -> int:
@@ -173,7 +124,7 @@ def _stored(chosen: RecordSettings, shape: TargetShape) -> tuple[str, dict[str, 
     """The recipe's choice, and bytes per token of it and of every other."""
     names = {
         pair: pair[0] if pair[0] == pair[1] else f"features {pair[0]}, last {pair[1]}"
-        for pair in dict.fromkeys(((chosen.features_dtype, chosen.last_hidden_dtype), *STORED))
+        for pair in dict.fromkeys((*STORED, (chosen.features_dtype, chosen.last_hidden_dtype)))
     }
     sizes = {name: bytes_per_token(shape, *pair) for pair, name in names.items()}
     return names[chosen.features_dtype, chosen.last_hidden_dtype], sizes
@@ -181,14 +132,18 @@ def _stored(chosen: RecordSettings, shape: TargetShape) -> tuple[str, dict[str, 
 
 def _store_bytes(settings: Settings, shape: TargetShape, tokens: Tokens, states: int) -> int:
     ends = 2 * shape.vocab_size * shape.hidden_size * BYTES[settings.target.dtype]
-    return tokens.all * (states + TOKEN) + ends
+    kept, limit = tokens.all, settings.record.spool_shards
+    if limit is not None:  # held-out ones stay, and as many training ones as the spool has room for
+        kept -= max(0, tokens.trained - limit * settings.record.shard_tokens)
+    return kept * (states + TOKEN) + ends
 
 
 def _disk(settings: Settings, folder: Path, config: DraftConfig, tokens: Tokens, store: int) -> dict[str, int]:
     """What the run will take, what of it is there, and what the disk has left."""
     count, existing = costs.parameters(config), next(path for path in (folder, *folder.parents) if path.exists())
     needed = {
-        "conversations": tokens.all * (len(str(config.vocab_size)) + 2),  # ids as text, with a comma and a space
+        # The prompts as text, and all ids with a comma and a space.
+        "conversations": tokens.prompt * TEXT + tokens.all * (len(str(config.vocab_size)) + 2),
         "store": store,
         "checkpoints": (settings.train.keep_checkpoints + 1)
         * CHECKPOINT
@@ -200,13 +155,13 @@ def _disk(settings: Settings, folder: Path, config: DraftConfig, tokens: Tokens,
     return needed | {"all": sum(needed.values()), "there": there, "free": free}
 
 
-def _memory(settings: Settings, shape: TargetShape, gpus: int) -> dict[str, int]:
+def _memory(settings: Settings, shape: TargetShape, longest: int, gpus: int) -> dict[str, int]:
     """Bytes on each GPU while the target answers and is recorded: its weights, and what we ask of it."""
     width = BYTES[settings.target.dtype]
     weights = shape.parameters * width // gpus
-    longest = settings.prepare.max_prompt_tokens + settings.regenerate.max_new_tokens
     pairs = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * width
-    captured = settings.record.batch_tokens * shape.hidden_size * (2 * len(shape.layers) + 1) * width
+    batch = max(settings.record.batch_tokens, longest)  # a longer conversation is a batch of its own
+    captured = batch * shape.hidden_size * (2 * len(shape.layers) + 1) * width
     return {
         "weights": weights,
         "regenerate": weights + settings.regenerate.batch_size * longest * pairs // gpus,
@@ -222,9 +177,9 @@ def _training_memory(
     Where answers are measured, their share of a micro-batch is; else every token of it may be an answer's.
     """
     share = tokens.answer / max(1, tokens.all) if tokens.measured else 1.0
-    longest = round(settings.regenerate.max_new_tokens / share)  # of a sample with the longest answer and that share
-    batch = max(settings.train.batch_tokens // (gpus * settings.train.accumulation), longest)
-    micro = Micro(batch, round(batch * share), longest)
+    batch = max(settings.train.batch_tokens // (gpus * settings.train.accumulation), tokens.longest)
+    length = round(tokens.most_said / share)  # of a sample with the longest answers and that share
+    micro = Micro(batch, round(batch * share), length)
     found = {}
     for stage in STAGES:
         width = BYTES["float32" if stage is None else "bfloat16"]

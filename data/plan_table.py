@@ -50,6 +50,7 @@ def _tokens(plan: Plan) -> list[str]:
         *([("of them given", f"{tokens['given']:,}")] if tokens["given"] else []),
         ("recorded", f"{tokens['all']:,}"),
         ("trained on, in all epochs", f"{tokens['trained']:,}"),
+        ("longest conversation", f"{tokens['longest']:,}"),
     ]
     return [f"tokens   {origin}", *_table(rows)]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
-INTERVAL_TERMINAL, INTERVAL_LOG = 0.2, 10.0  # seconds between lines: a terminal overwrites them, a log keeps them
+from ..configs.status import StatusLine, minutes
 
 
 class Progress:
@@ -21,31 +20,23 @@ class Progress:
     def __init__(self, stage: str, unit: str, total: int | None, done: int = 0) -> None:
         self.stage, self.unit, self.total, self.done = stage, unit, total, done
         self._start, self._at_start, self._tokens, self._failed = time.monotonic(), done, 0, 0
-        self._terminal = sys.stderr.isatty()
-        self._shown = 0.0
+        self._line = StatusLine()
 
     def advance(self, units: int, tokens: int, failed: int = 0) -> None:
         """Count ``units`` finished with ``tokens`` processed, of which ``failed`` came to nothing."""
         self.done += units
         self._tokens += tokens
         self._failed += failed
-        interval = INTERVAL_TERMINAL if self._terminal else INTERVAL_LOG
-        last = self.total is not None and self.done >= self.total
-        if time.monotonic() - self._shown >= interval or last:
-            self._say(last)
+        if (last := self.total is not None and self.done >= self.total) or self._line.due:
+            self._line.show(str(self), last)
 
     def finish(self) -> None:
         """Say the last line where no total told that it was the last."""
-        self._say(last=True)
-
-    def _say(self, last: bool) -> None:
-        self._shown = time.monotonic()
-        ended = not self._terminal or last
-        print(f"\r{self}\x1b[K" if self._terminal else self, end="\n" if ended else "", file=sys.stderr, flush=True)
+        self._line.show(str(self), last=True)
 
     def say(self, line: str) -> None:
         """A line of its own between those of the progress."""
-        print(f"\r\x1b[K{line}" if self._terminal else line, file=sys.stderr, flush=True)
+        self._line.say(line)
 
     def __str__(self) -> str:
         elapsed = max(time.monotonic() - self._start, 1e-9)
@@ -53,7 +44,6 @@ class Progress:
         if self.total is None:
             return f"{self.stage} {self.done:,} {self.unit}, {finished / elapsed:,.0f} {self.unit}/s"
         left = (self.total - self.done) * elapsed / finished if finished else 0.0
-        minutes, seconds = divmod(round(left), 60)
         rate = f"{finished / elapsed:,.1f} {self.unit}/s, {self._tokens / elapsed:,.0f} tokens/s"
         failed = f", {self._failed:,} failed" if self._failed else ""
-        return f"{self.stage} {self.done}/{self.total} {self.unit}{failed}, {rate}, {minutes}:{seconds:02d} left"
+        return f"{self.stage} {self.done}/{self.total} {self.unit}{failed}, {rate}, {minutes(left)} left"

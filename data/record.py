@@ -6,44 +6,43 @@
 Which samples make up which batch and shard is planned from the answers alone, before anything is recorded. So any rank
 may record any shard, a recorder that is killed records the missing ones when it is started again, and the store is the
 same to the byte. Ranks do not talk to each other: a shard that exists is done, and the first rank waits for all.
+
+States that no disk holds at once go to a spool (``record.spool_shards``), from which a trainer reads them meanwhile; those
+of held-out conversations come first, and are kept as a store.
 """
 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from ..configs.errors import Incomplete, UserError
-from ..configs.settings import RecordSettings, Settings
+from ..configs.errors import UserError
+from ..configs.settings import Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetHead
 from ..models.target_files import TargetEnds
 from . import store
-from .answers import ANSWERS, Answer, read_finished
-from .chat import sequence, tokenizer_hash
-from .checks import check_agreement, check_states
+from .answers import ANSWERS, Answer, Answers, read_finished
+from .chat import tokenizer_hash
 from .files import FileEntry, exclusive, file_sha256, lines_sha256, remove_temporaries, tensor_file, write_listed
-from .index import Identity, Index
 from .planning import Batch, plan
-from .progress import Progress
-from .quantise import dtype_name, encode
-from .recorders import Recorder, States, TransformersRecorder
+from .quantise import dtype_name
+from .recorders import Recorder, TransformersRecorder
+from .recording import Recording, index_of
 from .regenerate import answered_by
-from .shards import Kept, Shard, ShardEntry, read_entry, shard_path, write_shard
+from .shards import Shard, read_entry, shard_path
+from .spool import PLAN, SPOOL, SpoolWriter, StoreWriter, spooled, wait_for
 from .stage import Json, Stage
 from .store import Manifest
 from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
-
-POLL = 0.2  # seconds between looks for the shards of other ranks
 
 
 def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recorder: Recorder | None = None) -> None:
@@ -55,6 +54,8 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
         target: whose states they are; of it only ``info``, ``head`` and ``tokenizer`` are used here.
         recorder: what computes them; by default the target itself, or servers where only its ends are here.
 
+    States in a spool are recorded as room is made, so this ends when a trainer has read most of them.
+
     Raises:
         UserError: there are no answers, they are another target's, the store was begun with other settings, or it
             cannot be written.
@@ -63,18 +64,29 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
     """
     stage = _stage(settings, run_dir, target)
     with StopRequest(stage.resume) as stop:
-        if _whole(stage):
+        if _whole(stage, settings, run_dir):
             return
         answered_by(target, run_dir)
         answers = read_finished(run_dir / "conversations", target.info.vocab_size)
         stage.begin()
         ranks = PartialState(cpu=not torch.cuda.is_available())
         with exclusive(stage.folder / f".record-{ranks.process_index}.lock"):
-            shards = plan([len(answer.ids) for answer in answers], settings.record)
-            recording = Recording(stage, settings.record, target, answers, recorder or _recorder(settings, target))
-            recording.run(shards, stop)
+            recorder = recorder or _recorder(settings, target)
+            limit, name = settings.record.spool_shards, file_sha256(stage.path)
+            stored = answers if limit is None else answers.of_split(lambda split: split != "train")
+            shards = plan(stored.lengths.tolist(), settings.record)
+            place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
+            Recording(place, name, settings.record, target, stored, recorder).run(shards, stop)
             if ranks.is_main_process:
-                store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, shards))
+                store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
+            if limit is not None:
+                streamed = answers.of_split(lambda split: split == "train")
+                shards = plan(streamed.lengths.tolist(), settings.record)
+                lengths = [streamed.lengths[[*chain.from_iterable(shard)]].tolist() for shard in shards]
+                if not ranks.is_main_process:
+                    wait_for(run_dir / SPOOL / PLAN, "the first rank has not begun the spool yet", stop.check)
+                place = SpoolWriter(run_dir / SPOOL, name, lengths, limit)
+                Recording(place, name, settings.record, target, streamed, recorder).run(shards, stop)
 
 
 def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
@@ -84,109 +96,38 @@ def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
 
 def recorded(settings: Settings, run_dir: Path) -> bool:
     """Whether the stage is complete, as far as can be told without the target; raises if its settings changed."""
-    return _whole(_stage(settings, run_dir, None))
+    return _whole(_stage(settings, run_dir, None), settings, run_dir)
 
 
-class Recording:
-    """Recording what is missing of a store.
-
-    A shard is hashed and written in a thread while the next is recorded; errors of the thread come out of :meth:`run`.
+def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
+    """Whether the store is finished and nothing of it is gone, and all of a spool was recorded; what is missing is
+    recorded again.
     """
-
-    def __init__(
-        self,
-        stage: Stage,
-        settings: RecordSettings,
-        target: Target | TargetEnds,
-        answers: Sequence[Answer],
-        recorder: Recorder,
-    ) -> None:
-        self.folder, self.name = stage.folder, file_sha256(stage.path)
-        self.settings, self.target, self.answers, self.recorder = settings, target, answers, recorder
-
-    def run(self, shards: list[list[Batch]], stop: StopRequest) -> None:
-        """Record this rank's missing shards; the first rank then waits until those of the others are there."""
-        ranks = PartialState()
-        missing = _missing(self.folder, len(shards))
-        # By the shard's number and not by its place among the missing: ranks may look at different moments.
-        mine = [number for number in missing if number % ranks.num_processes == ranks.process_index]
-        there = len(shards) - len(missing)
-        progress = Progress("record", "shards", there + len(mine), there)
-        for entry in self._record({number: shards[number] for number in mine}, stop):
-            progress.advance(1, entry.tokens)
-        stop.check(f"{progress.done} of {progress.total} shards are recorded")
-        for number in missing if ranks.is_main_process else []:
-            while not shard_path(self.folder, number).exists():
-                stop.check("the shards of this rank are recorded, those of others are not")
-                time.sleep(POLL)
-
-    def _record(self, shards: dict[int, list[Batch]], stop: StopRequest) -> Iterator[ShardEntry]:
-        """Yield shards as they are published; after a signal no other is begun."""
-        written: Future[ShardEntry] | None = None
-        with ThreadPoolExecutor(1) as writer:
-            for number, batches in shards.items():
-                kept = [sample for batch in batches for sample in self._keep(batch, self._states(batch))]
-                check_agreement(kept, number)
-                if written is not None:
-                    yield written.result()
-                written = writer.submit(self._publish, number, kept)
-                if stop.requested:
-                    break
-            if written is not None:
-                yield written.result()
-
-    def _states(self, batch: Batch) -> list[States]:
-        return list(self.recorder.record([sequence(self.answers[sample]).input_ids for sample in batch]))
-
-    def _keep(self, batch: Batch, found: list[States]) -> list[Kept]:
-        """The samples of one batch as they are stored, checked."""
-        if len(found) != len(batch):
-            raise Incomplete(f"the recorder gave the states of {len(found)} sequences for {len(batch)}; it is at fault")
-        kept = []
-        for sample, states in zip(batch, found, strict=True):
-            answer = self.answers[sample]
-            ids = sequence(answer)
-            missed = check_states(answer, ids, states, self.target)
-            encoded = {
-                **encode("features", states.features, self.settings.features_dtype),
-                **encode("last_hidden", states.last_hidden, self.settings.last_hidden_dtype),
-            }
-            tensors = {
-                "input_ids": torch.from_numpy(ids.input_ids),
-                "loss_mask": torch.from_numpy(ids.loss_mask),
-                **{name: tensor.cpu() for name, tensor in encoded.items()},
-            }
-            identity = Identity(answer.id, answer.source, answer.split, answer.temperature)
-            kept.append(Kept(identity, tensors, missed))
-        return kept
-
-    def _publish(self, number: int, kept: list[Kept]) -> ShardEntry:
-        remove_temporaries(self.folder, f"{shard_path(self.folder, number).stem}.*")
-        return write_shard(self.folder, number, self.name, kept)
-
-
-def _missing(folder: Path, count: int) -> list[int]:
-    return [number for number in range(count) if not shard_path(folder, number).exists()]
-
-
-def _whole(stage: Stage) -> bool:
-    """Whether the store is finished and nothing of it is gone; a missing shard is recorded again."""
     if not stage.begun() or not (stage.folder / store.MANIFEST).exists():
         return False
     manifest = store.read_manifest(stage.folder)
-    return not _missing(stage.folder, len(manifest.shards)) and all((stage.folder / n).exists() for n in manifest.files)
+    if StoreWriter(stage.folder, len(manifest.shards)).missing():
+        return False
+    if settings.record.spool_shards is not None and not spooled(run_dir / SPOOL):
+        return False
+    return all((stage.folder / name).exists() for name in manifest.files)
 
 
 def _manifest(
-    settings: Settings, stage: Stage, target: Target | TargetEnds, answers: Sequence[Answer], shards: list[list[Batch]]
+    settings: Settings,
+    stage: Stage,
+    target: Target | TargetEnds,
+    answers: Answers,
+    stored: Answers,
+    shards: list[list[Batch]],
 ) -> Manifest:
-    """Write what stands beside the shards, and describe all of it."""
+    """Write what stands beside the shards, and describe all of it; ``stored`` are those of the answers that they hold."""
     folder, name = stage.folder, file_sha256(stage.path)
     remove_temporaries(folder)
     remove_temporaries(folder / store.TOKENIZER)
     entries = tuple(read_entry(shard_path(folder, number)) for number in range(len(shards)))
-    stored = Shard.open(folder, entries[0]).tensors
-    in_order = [answers[sample] for shard in shards for batch in shard for sample in batch]
+    tensors = Shard.open(folder, entries[0]).tensors
+    in_order = stored.chosen([sample for shard in shards for batch in shard for sample in batch])
     beside = {
         stage.path.name: FileEntry(name, stage.path.stat().st_size),
         store.INDEX: _write_index(folder, name, in_order),
@@ -203,7 +144,7 @@ def _manifest(
         tokenizer_sha256=hashes.tokenizer,
         chat_template_sha256=hashes.chat_template,
         last_hidden="after the final norm",
-        dtypes={key: dtype_name(tensor) for key, tensor in sorted(stored.items())},
+        dtypes={key: dtype_name(tensor) for key, tensor in sorted(tensors.items())},
         samples=sum(entry.samples for entry in entries),
         tokens=sum(entry.tokens for entry in entries),
         supervised_tokens=sum(entry.supervised_tokens for entry in entries),
@@ -214,13 +155,9 @@ def _manifest(
     )
 
 
-def _write_index(folder: Path, recording: str, answers: list[Answer]) -> FileEntry:
+def _write_index(folder: Path, recording: str, answers: Iterable[Answer]) -> FileEntry:
     """The index of all samples, in the order in which the shards hold them."""
-    index = Index.of(
-        [Identity(answer.id, answer.source, answer.split, answer.temperature) for answer in answers],
-        [len(answer.ids) for answer in answers],
-        [len(answer.said) for answer in answers],
-    )
+    index = index_of(answers)
     content = tensor_file(index.tensors(), {**index.metadata(), "recording": recording})
     return write_listed(folder / store.INDEX, *content)
 
@@ -234,7 +171,7 @@ def _write_head(folder: Path, head: TargetHead) -> FileEntry:
     return write_listed(folder / store.HEAD, *tensor_file(stored, {"norm_eps": repr(head.norm_eps)}))
 
 
-def _write_vocabulary(folder: Path, answers: Sequence[Answer], vocab_size: int) -> FileEntry:
+def _write_vocabulary(folder: Path, answers: Iterable[Answer], vocab_size: int) -> FileEntry:
     said = count_tokens(((a.source, a.said) for a in answers if a.split == "train"), vocab_size)
     return write_listed(folder / store.VOCABULARY, said.content())
 
@@ -270,4 +207,5 @@ def _recipe(settings: Settings) -> dict[str, Json]:
         "record.shard_tokens": settings.record.shard_tokens,
         "record.features_dtype": settings.record.features_dtype,
         "record.last_hidden_dtype": settings.record.last_hidden_dtype,
+        "record.spool_shards": settings.record.spool_shards,
     }

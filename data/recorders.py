@@ -1,8 +1,8 @@
 """What computes the states that :mod:`.record` stores: an interface, and the target itself through transformers.
 
     recorder = TransformersRecorder(target)
-    for states in recorder.record([ids, others]):    # int32 [T] each
-        states.features, states.last_hidden          # [T, F, H], [T, H]
+    for states in recorder.record([[ids, others], [more]]):    # int32 [T] each, in batches
+        states.features, states.last_hidden                    # [T, F, H], [T, H]
 
 A recorder decides nothing: which sequences share a batch is planned, and what it yields is checked, by its caller.
 
@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, F captured layers, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,13 +31,15 @@ class States(NamedTuple):
 class Recorder(Protocol):
     """Computes the states of token ids."""
 
-    def record(self, sequences: Sequence[np.ndarray]) -> Iterator[States]:
-        """The states of one batch: one ``States`` per sequence, in order, on any device, in the target's dtype.
+    def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
+        """One ``States`` per sequence, in order, on any device, in the target's dtype.
 
-        A recorder that is told which ids the states belong to compares them with those that it sent.
+        Batches are asked for as they can be worked on, which may be some before the one whose states are yielded. Who
+        closes the generator before its end drops what was begun. A recorder that is told which ids the states belong to
+        compares them with those that it sent.
 
         Args:
-            sequences: token ids, int32 ``[T]`` each, which share nothing but the batch.
+            batches: token ids, int32 ``[T]`` each; those of a batch are as many as the target takes at once.
 
         Raises:
             Incomplete: the states are other tokens' or too few.
@@ -50,13 +52,19 @@ class TransformersRecorder:
     def __init__(self, target: Target) -> None:
         self.target = target
 
-    def record(self, sequences: Sequence[np.ndarray]) -> Iterator[States]:
-        """One forward pass over all of ``sequences``; see :class:`Recorder`."""
-        lengths = [len(ids) for ids in sequences]
-        input_BT = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+    def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
+        """One forward pass a batch, when its first states are asked for; see :class:`Recorder`."""
+        for sequences in batches:
+            yield from self._states(sequences)
+
+    def _states(self, sequences: Sequence[np.ndarray]) -> list[States]:
+        lengths, device = [len(ids) for ids in sequences], self.target.device
+        # From pinned memory, since a copy from any other waits for all that the GPU was given before.
+        input_BT = torch.zeros(len(sequences), max(lengths), dtype=torch.long, pin_memory=device.type == "cuda")
         for row, ids in enumerate(sequences):
             input_BT[row, : len(ids)] = torch.from_numpy(ids)
-        output = self.target.forward(input_BT)
+        output = self.target.forward(input_BT.to(device, non_blocking=True))
         features_BTFH = output.features
-        for row, length in enumerate(lengths):
-            yield States(features_BTFH[row, :length], output.last_hidden[row, :length])
+        return [
+            States(features_BTFH[row, :length], output.last_hidden[row, :length]) for row, length in enumerate(lengths)
+        ]

@@ -1,6 +1,7 @@
 """A shard: the unit that is recorded, published, read and, when it is damaged, recorded again.
 
-    entry = write_shard(folder, 7, recording, kept)        # shard-00007.json, then shard-00007.safetensors
+    entry = publish(folder, 7, recording, index, packed, greedy_tokens, disagreeing)
+                                                           # shard-00007.json, then shard-00007.safetensors
     shard = Shard.open(folder, entry)
     shard[0]                                               # StoreSample; bfloat16 and float32 states are mapped
 
@@ -12,16 +13,16 @@ Shapes: N tokens of a shard, S samples of a shard, T tokens of a sample, F captu
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .files import FileEntry, check_size, damaged, encode_json, read_tensors, sha256, tensor_file, write_atomic
-from .index import Identity, Index
+from .index import Index
+from .mapped import fetch
 from .quantise import decode
 
 HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
@@ -39,19 +40,6 @@ class StoreSample(NamedTuple):
     loss_mask: Tensor  # [T] bool
     features: Tensor  # [T, F, H]
     last_hidden: Tensor  # [T, H]
-
-
-class Kept(NamedTuple):
-    """One sample as it is stored: ``tensors`` has ``input_ids``, ``loss_mask`` and the encoded states."""
-
-    identity: Identity
-    tensors: dict[str, Tensor]
-    disagreeing: int  # tokens of a greedy answer that the states do not predict
-
-    @property
-    def supervised(self) -> int:
-        """Tokens in the loss mask."""
-        return int(self.tensors["loss_mask"].sum())
 
 
 @dataclass(frozen=True)
@@ -76,23 +64,6 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, recording: str, kept: Sequence[Kept]) -> ShardEntry:
-    """Publish one shard; nothing of it is visible before all of it is durable.
-
-    Args:
-        folder: the store's.
-        number: the shard's.
-        recording: what its store calls itself.
-        kept: its samples, one or more, in the order of the plan.
-    """
-    lengths = [len(sample.tensors["input_ids"]) for sample in kept]
-    index = Index.of([sample.identity for sample in kept], lengths, [sample.supervised for sample in kept])
-    packed = {name: torch.cat([sample.tensors[name] for sample in kept]) for name in kept[0].tensors}
-    greedy = index.temperature == 0.0
-    disagreeing = sum(sample.disagreeing for sample in kept)
-    return publish(folder, number, recording, index, packed, int(index.supervised[greedy].sum()), disagreeing)
-
-
 def publish(
     folder: Path,
     number: int,
@@ -102,7 +73,17 @@ def publish(
     greedy_tokens: int,
     disagreeing: int,
 ) -> ShardEntry:
-    """Write the samples of ``index`` whose tensors are ``packed`` back to back, and the facts of them."""
+    """Publish one shard; nothing of it is visible before all of it is durable.
+
+    Args:
+        folder: the store's.
+        number: the shard's.
+        recording: what its store calls itself.
+        index: its samples.
+        packed: their tensors back to back, ``[N, ...]`` each: ``input_ids``, ``loss_mask`` and the encoded states.
+        greedy_tokens: how many of its supervised tokens were said greedily.
+        disagreeing: how many of those the states do not predict.
+    """
     path = shard_path(folder, number)
     parts = tensor_file({**packed, **index.tensors()}, {**index.metadata(), "recording": recording})
     entry = ShardEntry(
@@ -156,11 +137,13 @@ class Shard:
     Args:
         path: its file.
         tensors: those of ``[N, ...]``, views of the mapped file.
+        places: where each begins in the file.
         index: who its samples are.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], index: Index) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Tensor], places: Mapping[str, int], index: Index) -> None:
         self.path, self.tensors, self.index = path, tensors, index
+        self._places = places
 
     @classmethod
     def open(cls, folder: Path, entry: ShardEntry) -> Shard:
@@ -189,13 +172,21 @@ class Shard:
             or counts != (entry.samples, *[entry.tokens] * len(packed))
         ):
             raise damaged(path, problem or "its counts are not those that were recorded")
-        return cls(path, packed, index)
+        begin, described = HEADER_LENGTH + len(header), json.loads(header)
+        places = {name: begin + described[name]["data_offsets"][0] for name in packed}
+        return cls(path, packed, places, index)
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def loss_mask(self, row: int) -> Tensor:
+        """Of one sample, bool ``[T]``; its states are not touched."""
+        return self.tensors["loss_mask"][slice(*self.index.offsets[row : row + 2].tolist())]
+
     def __getitem__(self, row: int) -> StoreSample:
-        rows = slice(*self.index.offsets[row : row + 2].tolist())
-        stored = {name: tensor[rows] for name, tensor in self.tensors.items()}
+        start, end = self.index.offsets[row : row + 2].tolist()
+        stored = {name: tensor[start:end] for name, tensor in self.tensors.items()}
+        for name, view in stored.items():
+            fetch(view, self.path, self._places[name] + start * view[0].nbytes)
         states = (decode(name, stored) for name in ("features", "last_hidden"))
         return StoreSample(*self.index.identity(row), stored["input_ids"], stored["loss_mask"], *states)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..configs.errors import UserError
-from .files import encode_json, unwritable, write_atomic
+from .files import encode_json, make_folder, write_atomic
 
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 
@@ -54,10 +54,7 @@ class Stage:
     def begin(self) -> None:
         """Claim the folder for these inputs; raises as :meth:`begun` does, and where the folder cannot be written."""
         if not self.begun():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise unwritable(self.folder, error) from error
+            make_folder(self.folder)
             write_atomic(self.path, encode_json(self.inputs))
 
     def earlier(self) -> dict[str, Json]:

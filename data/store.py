@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -54,10 +54,11 @@ from .files import FileEntry, check_size, damaged, encode_json, file_sha256, rea
 from .index import Index
 from .quantise import dtype_name
 from .shards import PATTERN, Shard, ShardEntry, StoreSample, facts, facts_path, read_entry, shard_path
+from .verification import differing
 from .vocabulary import DraftVocabulary, TokenCounts, choose_vocabulary
 
 SCHEMA = 2
-MANIFEST, INDEX, HEAD = "manifest.json", "index.safetensors", "head.safetensors"
+MANIFEST, STAGE, INDEX, HEAD = "manifest.json", "record.stage.json", "index.safetensors", "head.safetensors"
 VOCABULARY, TOKENIZER = "vocabulary.safetensors", "tokenizer"
 OPEN_SHARDS = 4096  # mapped at once; a system allows some 65,000 maps to a process
 
@@ -109,11 +110,12 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
+        check_recording(path, self.manifest)
         for name, entry in self.manifest.files.items():
             check_size(path / name, entry)
         for shard in self.manifest.shards:
             check_size(path / shard.name, shard)
-        if foreign := self._foreign():
+        if foreign := _foreign(path, self.manifest):
             raise UserError("store", path / foreign[0], "it does not belong to this store", "delete it")
         self.index = _read_index(path, self.manifest)
         self._first = list(accumulate((shard.samples for shard in self.manifest.shards), initial=0))
@@ -125,6 +127,11 @@ class Store:
     def __getitem__(self, index: int) -> StoreSample:
         shard, row = self._place(index)
         return self._shard(shard)[row]
+
+    def loss_mask(self, index: int) -> Tensor:
+        """Of one sample, bool ``[T]``; its states are not read."""
+        shard, row = self._place(index)
+        return self._shard(shard).loss_mask(row)
 
     def lengths(self) -> list[int]:
         """Tokens of every sample."""
@@ -168,6 +175,7 @@ class Store:
             ("target.layers", layers, made["target.layers"] if layers is None else captured),
             ("record.features_dtype", record.features_dtype, made["record.features_dtype"]),
             ("record.last_hidden_dtype", record.last_hidden_dtype, made["record.last_hidden_dtype"]),
+            ("record.spool_shards", record.spool_shards, made["record.spool_shards"]),
         ):
             if wanted != found:
                 problem = f"{self.path} was recorded with {found}"
@@ -176,15 +184,7 @@ class Store:
 
     def verify(self) -> list[str]:
         """Read every byte; returns what is wrong, one line a file."""
-        problems = [f"{name} does not belong to this store" for name in self._foreign()]
-        for shard in self.manifest.shards:
-            stands = facts_path(self.path / shard.name)
-            if not stands.is_file() or stands.read_bytes() != facts(shard):
-                problems.append(f"{stands.name} is missing or not what was recorded")
-        shards = ((shard.name, shard) for shard in self.manifest.shards)
-        for name, entry in (*shards, *self.manifest.files.items()):
-            problems += wrong(self.path / name, name, entry)
-        return problems
+        return [f"{name}: {problem}" for name, problem in damage(self.path, self.manifest, every_byte=True).items()]
 
     def _place(self, index: int) -> tuple[int, int]:
         """The shard of a sample, and its row there."""
@@ -200,18 +200,56 @@ class Store:
             raise damaged(shard.path, f"its samples are not those of {INDEX}")
         return shard
 
-    def _foreign(self) -> list[str]:
-        """Shards that the manifest does not list."""
-        known = {entry.name for entry in self.manifest.shards}
-        return sorted({path.name for path in self.path.glob(PATTERN)} - known)
+
+def damage(path: Path, manifest: Manifest, every_byte: bool) -> dict[str, str]:
+    """What is wrong with the store at ``path``: the files that are to be made again, with what is wrong with each.
+
+    Args:
+        path: its folder.
+        manifest: what it should be.
+        every_byte: whether to read all of it, or the sizes and what a description is made from.
+    """
+    files = {shard.name: shard for shard in manifest.shards} | manifest.files
+    foreign = dict.fromkeys(_foreign(path, manifest), "it does not belong to this store")
+    alone = {
+        shard.name: f"its {facts_path(path / shard.name).name} is missing or damaged"
+        for shard in manifest.shards
+        if not _has_facts(path, shard)
+    }
+    return foreign | alone | differing(path, files, files if every_byte else (INDEX, VOCABULARY))
 
 
-def wrong(path: Path, name: str, entry: FileEntry) -> Iterator[str]:
-    """What is wrong with a file, if anything is, by its checksum."""
-    if not path.is_file():
-        yield f"{name} is missing"
-    elif file_sha256(path) != entry.sha256:
-        yield f"{name} is not what was recorded: its checksum differs"
+def check_recording(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that was made for another store than that at ``path``.
+
+    Raises:
+        UserError: naming what both were recorded with; or the store's own record of that is damaged.
+    """
+    stage = path / STAGE
+    if not stage.is_file() or file_sha256(stage) == manifest.recording:
+        return
+    if manifest.shards[0].recording == manifest.recording and _has_facts(path, manifest.shards[0]):
+        raise damaged(stage, "it is not what was recorded")
+    try:
+        begun = json.loads(stage.read_bytes())
+    except ValueError as error:
+        raise damaged(stage, f"it is damaged ({error})") from None
+    for setting, value in (manifest.recipe | {"weights of the target": manifest.target["weights_sha256"]}).items():
+        if setting in begun and begun[setting] != value:
+            problem = f"{path / MANIFEST} says so, and the store was recorded with {begun[setting]}"
+            raise UserError(setting, value, problem, "delete that manifest and run eagle3 record again")
+    raise damaged(path / MANIFEST, "it is another recording's")
+
+
+def _foreign(path: Path, manifest: Manifest) -> list[str]:
+    """Shards that the manifest does not list."""
+    return sorted({shard.name for shard in path.glob(PATTERN)} - {entry.name for entry in manifest.shards})
+
+
+def _has_facts(path: Path, shard: ShardEntry) -> bool:
+    """Whether what is published of a shard is what the manifest says of it."""
+    stands = facts_path(path / shard.name)
+    return stands.is_file() and stands.read_bytes() == facts(shard)
 
 
 def read_shard(folder: Path, number: int, manifest: Manifest) -> Shard:

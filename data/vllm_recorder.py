@@ -1,11 +1,11 @@
 """Hidden states from vLLM servers: the way to record a target that needs an engine, such as Maverick on 8 B200s.
 
     recorder = VllmRecorder(settings, load_ends(settings.target))
-    for states in recorder.record(sequences):
+    for states in recorder.record(batches):
         ...
 
-Each server works on several sequences at once, and states come back in the order of the sequences whichever server is
-faster. A server may end and return: its sequences are tried again, there or elsewhere. No file outlives its reading.
+Each server works on several sequences at once, of whatever batches, and states come back in the order of the sequences
+whichever server is faster. A server may end and return: its sequences are tried again, there or elsewhere. No file outlives its reading.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from ..configs.errors import UserError
 from ..configs.settings import Settings
 from ..models.target_files import TargetEnds
+from ..models.target_info import TargetText
 from .recorders import States
 from .vllm_launch import launch_command, layer_ids, served_name
 from .vllm_server import Capture, Unavailable, VllmServer
@@ -48,7 +49,11 @@ class VllmRecorder:
         recipe, info = settings.record, ends.info
         ids = layer_ids(info.layers, info.num_layers)
         self._ends, self._folder, self._patience_s = ends, Path(recipe.states_folder), recipe.patience_s
-        command = shlex.join(launch_command(settings, info.layers, info.num_layers))
+        text = TargetText(ends.tokenizer, info.eos_ids, info.max_positions)
+
+        def command() -> str:
+            return shlex.join(launch_command(settings, info.layers, info.num_layers, text))
+
         capture = Capture(ends, served_name(settings, ids), len(ids), self._folder, recipe.patience_s, command)
         servers = [VllmServer(url, capture) for url in recipe.endpoints]
         # A server stands in the queue once for each sequence that it can take.
@@ -58,11 +63,11 @@ class VllmRecorder:
             for server in servers:
                 self._idle.put(server)
 
-    def record(self, sequences: Sequence[np.ndarray]) -> Iterator[States]:
+    def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
         """One :class:`States` per sequence of token ids ``[T]``, in order.
 
-        At most twice as many sequences as the servers take at once are ahead of the one that is yielded, so give it as
-        many as there are. Several threads may record at once; they share what the servers take.
+        At most twice as many sequences as the servers take at once are ahead of the one that is yielded. Several threads
+        may record at once; they share what the servers take.
 
         Raises:
             UserError: a server is not what the recipe needs, or none has answered for ``record.patience_s``.
@@ -71,7 +76,7 @@ class VllmRecorder:
         waiting = deque[Future[States]]()
         with spool(self._folder) as name:
             try:
-                for number, ids in enumerate(sequences):
+                for number, ids in enumerate(itertools.chain.from_iterable(batches)):
                     waiting.append(threads.submit(self._states, ids, f"{name}-{number}", stop))
                     if len(waiting) > 2 * self._slots:
                         yield waiting.popleft().result()

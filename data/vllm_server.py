@@ -9,13 +9,10 @@ Shapes: T tokens, S captured states (the layers' and the last, which is before t
 from __future__ import annotations
 
 import fcntl
-import http.client
-import json
 import re
 import sys
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +25,10 @@ from torch import Tensor
 
 from ..configs.errors import UserError
 from ..models.target_files import TargetEnds
+from .client import Client, Trouble
 
 POLL_S = 0.005  # between looks at a lock
 GRACE_S = 10.0  # until a file that another machine has made must be seen here
-TRANSIENT = (408, 425, 429)  # and all from 500 on
 PREFIX_CACHING = re.compile(r'^vllm:cache_config_info\{.*enable_prefix_caching="True"', re.MULTILINE)
 GREETING = 64  # tokens of the first sequence on which a server must prove itself
 LOGPROB_TOLERANCE = 0.2  # mean difference; bfloat16 rounds logits of 32 to 0.125, and another layer's are off by more
@@ -45,7 +42,8 @@ class Unavailable(Exception):
 class Capture:
     """What is asked of every server.
 
-    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command`` starts it.
+    ``name``: under which it serves. ``states``: S. ``folder``: where its files are found. ``command()`` starts it; to say
+    how takes a look at all conversations.
     """
 
     ends: TargetEnds
@@ -53,14 +51,15 @@ class Capture:
     states: int
     folder: Path
     patience_s: float
-    command: str
+    command: Callable[[], str]
 
 
 class VllmServer:
     """The server at ``url``; any number of threads may ask it at once."""
 
     def __init__(self, url: str, capture: Capture) -> None:
-        self.url, self._capture = url.rstrip("/"), capture
+        self._client, self._capture = Client(url, capture.patience_s, self._meaning), capture
+        self.url = self._client.url
         self._longest = 0  # how many tokens it takes, once it has proved itself
         self._lost = False
 
@@ -90,13 +89,12 @@ class VllmServer:
         Returns:
             How many tokens it takes, its own answer of one included.
         """
-        try:
-            served = {model["id"]: model["max_model_len"] for model in json.loads(self._get("/v1/models"))["data"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise self.refused("it is no vLLM server") from error
+        served: dict[str, Any] = {model["id"]: model.get("max_model_len") for model in self._client.models()}
+        if not any(served.values()):
+            raise self.refused("it is no vLLM server")
         if self._capture.name not in served:
             raise self.refused(f"it serves {', '.join(served)} and not {self._capture.name}")
-        if PREFIX_CACHING.search(self._get("/metrics")):
+        if PREFIX_CACHING.search(self._client.text("/metrics")):
             raise self.refused("it caches prefixes, and states of cached tokens may be missing")
         answer = self._complete(ids, request, prompt_logprobs=0)
         logits_TV = self._capture.ends.logits(self._capture.ends.norm(self._read(answer, ids)[:-1, -1]))
@@ -113,29 +111,12 @@ class VllmServer:
     def _complete(self, ids: np.ndarray, request: str, **more: int) -> Any:
         """The answer to ``ids``, which it must repeat, with the name of a file in it."""
         body = {"model": self._capture.name, "prompt": ids.tolist(), "max_tokens": 1, "temperature": 0}
-        content = json.dumps(body | {"return_token_ids": True} | more).encode()
-        headers = {"Content-Type": "application/json", "X-Request-Id": request}
-        answer = json.loads(self._ask(urllib.request.Request(f"{self.url}/v1/completions", content, headers)))
+        answer = self._client.json("/v1/completions", body | {"return_token_ids": True} | more, request)
         if not (answer.get("kv_transfer_params") or {}).get("hidden_states_path"):
             raise self.refused("it answers without hidden states: it was started without their connector")
         if answer["choices"][0].get("prompt_token_ids") != ids.tolist():
             raise self.refused("it does not repeat the token ids that it was given", "take vLLM 0.32 or later")
         return answer
-
-    def _get(self, path: str) -> str:
-        return self._ask(urllib.request.Request(self.url + path))
-
-    def _ask(self, request: urllib.request.Request) -> str:
-        try:
-            with urllib.request.urlopen(request, timeout=self._capture.patience_s) as response:
-                return str(response.read().decode())
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:200]
-            if error.code in TRANSIENT or error.code >= 500:
-                raise Unavailable(f"it fails ({error.code}: {said})") from error
-            raise self.refused(f"it refuses ({error.code}: {said})", "see its log") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"it does not answer ({error})") from error
 
     def _read(self, answer: Any, ids: np.ndarray) -> Tensor:
         """The states ``[T, S, H]`` in the file that ``answer`` names, which is then gone."""
@@ -193,6 +174,9 @@ class VllmServer:
             raise self.refused("its states are zero for some tokens, as they are for those that it has cached")
         return states_TSH
 
+    def _meaning(self, trouble: Trouble) -> Exception:
+        return Unavailable(f"it {trouble}") if trouble.transient else self.refused(f"it {trouble}", "see its log")
+
     def refused(self, problem: str, remedy: str | None = None) -> UserError:
         """What the user is told; the remedy is to start it as the recipe needs it, unless another is given."""
-        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command}")
+        return UserError("record.endpoints", self.url, problem, remedy or f"start it as: {self._capture.command()}")

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 from ..configs.errors import UserError
+from ..configs.limits import ADDRESS
+from ..data.client import Client, Trouble
 
 PATIENCE_S = 600.0
 DRAFTS = "vllm:spec_decode_num_drafts_total"
@@ -69,10 +69,10 @@ class Counters(NamedTuple):
 
 
 class LiveEngine(ABC):
-    """A serving engine at ``url`` that serves ``model``."""
+    """A serving engine, asked through ``client``, that serves ``model``."""
 
-    def __init__(self, url: str, model: str) -> None:
-        self.url, self.model = url, model
+    def __init__(self, client: Client, model: str) -> None:
+        self.client, self.url, self.model = client, client.url, model
 
     @abstractmethod
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
@@ -82,16 +82,9 @@ class LiveEngine(ABC):
     def counters(self) -> Counters:
         """All that it has counted so far; nothing where it has not drafted yet."""
 
-    def _get(self, path: str) -> str:
-        return read(self.url, path)
-
-    def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(read(self.url, path, body))
-        return found
-
     def _complete(self, prompt: Sequence[int], max_new_tokens: int, **asking: Any) -> Any:
         body = {"model": self.model, "prompt": list(prompt), "max_tokens": max_new_tokens, "temperature": 0, **asking}
-        return self._ask("/v1/completions", body)["choices"][0].get("token_ids")
+        return self.client.json("/v1/completions", body)["choices"][0].get("token_ids")
 
     def _ids(self, found: Any) -> list[int]:
         if not isinstance(found, list) or not found:
@@ -111,7 +104,7 @@ class VLLM(LiveEngine):
     def counters(self) -> Counters:
         """Sums over all its engines."""
         rounds, positions = 0, dict[int, int]()
-        for line in self._get("/metrics").splitlines():
+        for line in self.client.text("/metrics").splitlines():
             if not (found := SAMPLE.match(line)):
                 continue
             if found["name"] == DRAFTS:
@@ -125,8 +118,8 @@ class VLLM(LiveEngine):
 class _Adding(LiveEngine):
     """An engine whose counts come in pieces, which are added up here."""
 
-    def __init__(self, url: str, model: str) -> None:
-        super().__init__(url, model)
+    def __init__(self, client: Client, model: str) -> None:
+        super().__init__(client, model)
         self._counted, self._lock = Counters(0, 0, []), threading.Lock()
 
     def _add(self, pieces: Iterable[Counters]) -> Counters:
@@ -142,7 +135,7 @@ class SGLang(_Adding):
     def greedy(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The answer, its end token included."""
         sampling = {"temperature": 0, "max_new_tokens": max_new_tokens}
-        answer = self._ask("/generate", {"input_ids": list(prompt), "sampling_params": sampling})
+        answer = self.client.json("/generate", {"input_ids": list(prompt), "sampling_params": sampling})
         self._add(_of_request(answer.get("meta_info", {})))
         return self._ids(answer.get("output_ids"))
 
@@ -171,7 +164,7 @@ class TensorRTLLM(_Adding):
 
     def counters(self) -> Counters:
         """Sums over the iterations that it has listed."""
-        listed = json.loads(self._get("/metrics") or "[]")
+        listed = json.loads(self.client.text("/metrics") or "[]")
         stats = [entry["specDecodingStats"] for entry in listed if entry.get("specDecodingStats")]
         return self._add(
             Counters(entry["numRequestsWithDraftTokens"], entry["numAcceptedTokens"], []) for entry in stats
@@ -187,30 +180,16 @@ def connect(url: str) -> LiveEngine:
     Raises:
         UserError: it is no address, nobody answers, or it is of another kind.
     """
-    if not re.match(r"https?://", url):
+    if not ADDRESS.fullmatch(url):
         raise UserError("--against", url, "it is no address", "give the engine's, as http://127.0.0.1:8000")
-    url = url.rstrip("/")
-    served = json.loads(read(url, "/v1/models"))["data"][0]
+
+    def meaning(trouble: Trouble) -> UserError:
+        remedy = "see its log" if trouble.sent else "start the engine first, as the head's README.md says"
+        return UserError("--against", url, f"it {trouble}", remedy)
+
+    client = Client(url, PATIENCE_S, meaning)
+    served = next(iter(client.models()), {})
     if served.get("owned_by") not in ENGINES:
         problem = f"it says that it is {served.get('owned_by')}"
         raise UserError("--against", url, problem, f"serve with one of {', '.join(ENGINES)}")
-    return ENGINES[served["owned_by"]](url, str(served["id"]))
-
-
-def read(url: str, path: str, body: dict[str, Any] | None = None) -> str:
-    """What ``url`` answers under ``path``, posted ``body`` if there is one.
-
-    Raises:
-        UserError: nobody answers, or the request is refused.
-    """
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"} if data else {})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
-            return str(response.read().decode())
-    except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")[:200]
-        raise UserError("--against", url, f"it refuses ({error.code}: {said})", "see its log") from error
-    except OSError as error:
-        remedy = "start the engine first, as the head's README.md says"
-        raise UserError("--against", url, f"it does not answer ({error})", remedy) from error
+    return ENGINES[served["owned_by"]](client, str(served["id"]))

@@ -13,6 +13,7 @@ vocabulary, V vocabulary, S tokens of a sample.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,21 @@ def fc_parameters(config: DraftConfig) -> int:
 def training_flop(config: DraftConfig, steps: int) -> int:
     """Forward and backward pass of a supervised token through ``steps`` steps: its products with weights alone."""
     return 6 * (steps * step_parameters(config) + fc_parameters(config))
+
+
+def step_flop(config: DraftConfig, tokens: int, rows: Sequence[int]) -> int:
+    """What an optimiser step needs: products with weights, forward and backward, and the teacher's logits.
+
+    Nothing is counted for what a trainer computes without need, attention included, or for the gradient of features.
+
+    Args:
+        config: the head.
+        tokens: of the batch; each goes through ``fc`` and gives a key and a value.
+        rows: supervised rows of every step of the rollout.
+    """
+    pairs = 4 * config.hidden_size * config.num_kv_heads * config.head_dim
+    steps = 6 * (sum(rows) * step_parameters(config) + (tokens - rows[0]) * pairs)
+    return steps + 4 * tokens * fc_parameters(config) + rows[0] * teacher_flop(config)
 
 
 def teacher_flop(config: DraftConfig) -> int:

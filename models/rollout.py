@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
 from .draft import Eagle3Draft, rotation_table
 
 
@@ -85,9 +86,17 @@ def rollout(draft: Eagle3Draft, embedding: Tensor, batch: RolloutBatch, steps: i
     Returns:
         one :class:`StepOutput` a step; rows only get fewer.
     """
+    if fused := kernels.chosen(draft):
+        found: list[StepOutput] = fused.rollout(draft, embedding, batch, steps)
+        return found
+    return plain_rollout(draft, embedding, batch, steps)
+
+
+def plain_rollout(draft: Eagle3Draft, embedding: Tensor, batch: RolloutBatch, steps: int) -> list[StepOutput]:
+    """:func:`rollout` without kernels: what they are checked against, and what a CPU computes."""
     ids, length = batch.input_ids, batch.input_ids.shape[1]
     sets_KBT = supervised(batch.loss_mask, steps)
-    rows, counts = _rows(sets_KBT)
+    rows, counts = ordered_rows(sets_KBT)
     sample, row = rows.unbind(1)
 
     combined_BSH = draft.combine(batch.features[:, :-1])
@@ -111,8 +120,12 @@ def rollout(draft: Eagle3Draft, embedding: Tensor, batch: RolloutBatch, steps: i
     return outputs
 
 
-def _rows(sets_KBT: Tensor) -> tuple[Tensor, list[int]]:
-    """All supervised rows ``[n, 2]``, those of most steps first, and how many of them take part in each step."""
+def ordered_rows(sets_KBT: Tensor) -> tuple[Tensor, list[int]]:
+    """All supervised rows ``[n, 2]``, those of most steps first, and how many of them take part in each step.
+
+    Args:
+        sets_KBT: from :func:`supervised`.
+    """
     depth_BT = sets_KBT.sum(0)
     rows = depth_BT.nonzero()
     order = depth_BT[rows[:, 0], rows[:, 1]].argsort(descending=True, stable=True)

@@ -13,9 +13,7 @@ Shapes: B batch, T tokens, F captured layers, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +34,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from ..configs.errors import UserError
@@ -45,6 +42,7 @@ from .generate import Answer, generate
 from .kv_cache import KVCache
 from .parallel import from_first, here, join, whole
 from .target_info import TargetHead, TargetInfo, TargetText, attention_layout, describe, end_ids, find_decoder
+from .weights import weights_sha256
 
 __all__ = ["Answer", "Target", "TargetHead", "TargetInfo", "TargetOutput", "TargetText", "load_target", "load_text"]
 
@@ -247,24 +245,6 @@ def load_text(settings: TargetSettings) -> TargetText:
             generation = GenerationConfig.from_model_config(whole)
     config = whole.get_text_config()
     return TargetText(tokenizer, end_ids(generation, config, tokenizer), config.max_position_embeddings)
-
-
-def weights_sha256(path: str, where: dict[str, Any]) -> str:
-    """The checksum of model.safetensors; of several shards, that of the lines ``<checksum> <name>`` by name."""
-    single = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **where)
-    if single is not None:
-        return _file_sha256(single)
-    index = cached_file(path, "model.safetensors.index.json", **where)
-    assert index is not None  # it raises instead
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    files = [cached_file(path, name, **where) for name in names]
-    lines = [f"{_file_sha256(file)} {name}\n" for file, name in zip(files, names, strict=True) if file]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _file_sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_head(target: Target) -> None:

@@ -1,13 +1,14 @@
 """What a target's files say without its layers: its shape, its tokenizer, and its two ends.
 
     files = TargetFiles(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct"))
-    files.num_layers, files.lm_head     # [V, H]; nothing else is read
+    files.shape().parameters            # from the configuration and the index of the weights alone
+    files.lm_head                       # [V, H]; nothing else is read
     ends = load_ends(TargetSettings(path="meta-llama/Llama-4-Maverick-17B-128E-Instruct", dtype="bfloat16"))
     ends.logits(ends.norm(states))      # [..., H] as layer N-1 leaves them -> [..., V]
 
-Who imports a head, or records with an engine that serves the target, needs no more, and no room for its 400 B
-parameters. The multimodal layout is read too: its language model is under ``text_config``, its weights behind a longer
-name.
+Who plans a run, imports a head, or records with an engine that serves the target, needs no more, and no room for its
+400 B parameters. The multimodal layout is read too: its language model is under ``text_config``, its weights behind a
+longer name.
 
 Shapes: H hidden, V vocabulary.
 """
@@ -15,6 +16,7 @@ Shapes: H hidden, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,10 +36,11 @@ from transformers.utils.hub import cached_file
 
 from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
-from .target import DTYPES, located, opened, reader, refusing, weights_sha256
-from .target_info import TargetHead, TargetInfo, captured_layers, describe, find_decoder
+from .shapes import TargetShape
+from .target import DTYPES, located, opened, reader, refusing
+from .target_info import TargetHead, TargetInfo, captured_layers, configured, describe, find_decoder
+from .weights import INDEX, SINGLE, weights_sha256
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 EMBEDDING, LM_HEAD = "embed_tokens.weight", "lm_head.weight"  # what their names end with in every layout
 #: Where a text-only checkpoint has ``model.norm.weight``, a multimodal one has one of the others, whatever the model that
 #: reads it calls the weight.
@@ -60,10 +63,18 @@ class TargetFiles:
         self.name, self.revision, self._settings = settings.path, settings.revision, settings
         self._path, self._where = located(settings)
         with refusing(settings):
-            config = AutoConfig.from_pretrained(self._path, **self._where).get_text_config()
+            self._config = AutoConfig.from_pretrained(self._path, **self._where)
+        config = self._config.get_text_config()
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
+
+    def shape(self) -> TargetShape:
+        """What the target is without its weights; of a multimodal one, its language model."""
+        with refusing(self._settings):
+            parameters, counted = self._parameters()
+        fields = configured(self._config.get_text_config(), self._settings)
+        return TargetShape(**fields, vocab_size=self.vocab_size, parameters=parameters, counted=counted)
 
     @cached_property
     def embedding(self) -> Tensor:
@@ -82,15 +93,34 @@ class TargetFiles:
         return self._read(next((stored for stored in spellings if stored in self._files), None), name)
 
     @cached_property
+    def _index(self) -> dict[str, Any]:
+        """The index of the weights; empty where they are in one file."""
+        index = cached_file(self._path, INDEX, _raise_exceptions_for_missing_entries=False, **self._where)
+        found: dict[str, Any] = json.loads(Path(index).read_text()) if index else {}
+        return found
+
+    @cached_property
     def _files(self) -> dict[str, str]:
         """The file of every tensor."""
         with refusing(self._settings):
-            index = cached_file(self._path, INDEX, _raise_exceptions_for_missing_entries=False, **self._where)
-            if index is not None:
-                found: dict[str, str] = json.loads(Path(index).read_text())["weight_map"]
-                return found
+            if self._index:
+                return dict(self._index["weight_map"])
             with safe_open(self._file(SINGLE), "pt") as file:
                 return dict.fromkeys(file.keys(), SINGLE)
+
+    def _parameters(self) -> tuple[int, str]:
+        """How many parameters the target has, and from what that is known; never downloads weights."""
+        single = Path(self._path) / SINGLE
+        if single.is_file():
+            with safe_open(single, "pt") as file:
+                names = file.keys()
+                return sum(math.prod(file.get_slice(name).get_shape()) for name in names), "its weights"
+        metadata = self._index.get("metadata", {})
+        if "total_parameters" in metadata:
+            return metadata["total_parameters"], "the index of its weights"
+        with torch.device("meta"):
+            model = reader(self._config).from_config(self._config)
+        return sum(parameter.numel() for parameter in model.parameters()), "its configuration"
 
     def _ending(self, ending: str) -> str | None:
         return next((name for name in self._files if name.endswith(ending)), None)
@@ -107,6 +137,16 @@ class TargetFiles:
         file = cached_file(self._path, name, **self._where)
         assert file is not None  # it raises instead
         return file
+
+
+def read_shape(settings: TargetSettings) -> TargetShape:
+    """The shape of the target in a folder, of a hub name, or of the model that ships ("embedded").
+
+    Raises:
+        UserError: no such folder, a hub that cannot be reached, no causal language model, or layers that it has not.
+    """
+    with opened(settings):
+        return TargetFiles(settings).shape()
 
 
 def layers_of(settings: TargetSettings) -> tuple[tuple[int, ...], int]:

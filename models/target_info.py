@@ -91,24 +91,31 @@ def describe(
     head: TargetHead,
     weights_sha256: str,
 ) -> TargetInfo:
-    fields, count = config.to_dict(), config.num_hidden_layers
     return TargetInfo(
-        name=settings.path,
+        **configured(config, settings),
         revision=model.config.to_dict().get("_commit_hash") or settings.revision,
         weights_sha256=weights_sha256,
-        num_layers=count,
-        hidden_size=config.hidden_size,
         vocab_size=head.lm_head.shape[0],
         eos_ids=end_ids(model.generation_config, config, tokenizer),
-        layers=captured_layers(settings, count),
         dtype=str(model.dtype).removeprefix("torch."),
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
-        rope_theta=rope_theta(config),
-        rms_norm_eps=config.rms_norm_eps,
-        max_positions=config.max_position_embeddings,
     )
+
+
+def configured(config: PretrainedConfig, settings: TargetSettings) -> dict[str, Any]:
+    """The fields of a :class:`TargetInfo` that the configuration of a language model says."""
+    fields, count = config.to_dict(), config.num_hidden_layers
+    return {
+        "name": settings.path,
+        "num_layers": count,
+        "hidden_size": config.hidden_size,
+        "layers": captured_layers(settings, count),
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": fields.get("head_dim") or config.hidden_size // config.num_attention_heads,
+        "rope_theta": rope_theta(config),
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_positions": config.max_position_embeddings,
+    }
 
 
 def rope_theta(config: PretrainedConfig) -> float:

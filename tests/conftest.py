@@ -108,7 +108,8 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setti
         target=TargetSettings(path=str(tiny_folder)),
         prepare=PrepareSettings(prompts=str(prompts), **COUNTS),
         regenerate=RegenerateSettings(temperatures=(0.0, 0.7, 1.0), max_new_tokens=8, batch_size=7),
-        record=RecordSettings(batch_tokens=160, shard_tokens=320),
+        # In bfloat16, so that tests can compare what was recorded with what the target says, value by value.
+        record=RecordSettings(160, 320, features_dtype="bfloat16", last_hidden_dtype="bfloat16"),
         draft=DraftSettings(vocab_size=64),
     )
 

@@ -15,9 +15,9 @@ from ..configs.errors import UserError
 from ..configs.loader import load
 
 if TYPE_CHECKING:
-    from . import loop
+    from . import stage
 else:
-    loop = Lazy("eagle3.train.loop")
+    stage = Lazy("eagle3.train.stage")
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError("recipe", recipe or "(none)", "there is no recipe", "write CONFIG [section.name=value ...]")
     settings = load(recipe, overrides)
     with opened(settings) as folder:
-        loop.train(settings, folder)
+        stage.train(settings, folder)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Which samples make up which optimiser step, and the tensors that a rank makes of its part.
 
-    schedule = Schedule(samples, lengths, batch_tokens=4096, epochs=4, seed=0)
+    schedule = Schedule(samples.passes, samples.lengths, batch_tokens=4096, seed=0)
     for batch in schedule.from_step(0):                      # Batch(step=1, epoch=0, samples=(17, 3, ...)), ...
-        parts = divide(batch.samples, lengths, ranks * accumulation)
-        collate(load(store, parts[rank]))                    # RolloutBatch
+        parts = divide(batch.samples, rows, ranks * accumulation)    # supervised rows of each sample
+        collate([samples[index] for index in parts[rank]])   # RolloutBatch
 
-The batches of an epoch are a pure function of seed, epoch, lengths and ``batch_tokens``. How many ranks and accumulation
+The batches of a pass are a pure function of seed, pass, lengths and ``batch_tokens``. How many ranks and accumulation
 steps share one only decides how it is divided, so a run may go on with another number of them.
 
 Shapes: B batch, T tokens, F captured layers, H hidden.
@@ -13,9 +13,10 @@ Shapes: B batch, T tokens, F captured layers, H hidden.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -25,20 +26,13 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.shards import StoreSample
 from ..data.store import Store
 from ..models.rollout import RolloutBatch
+from .samples import Batch, Pass, check_finite
 
 SOME_TOKENS = 16384
 POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
 
 
-class Batch(NamedTuple):
-    """One optimiser step, counted from 1, in an epoch, counted from 0: the store's indices of its samples."""
-
-    step: int
-    epoch: int
-    samples: tuple[int, ...]
-
-
-def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+def plan_pass(lengths: Sequence[int], batch_tokens: int, seed: int, number: int) -> list[tuple[int, ...]]:
     """Deal all samples into batches of similar length, in random order.
 
     Samples are shuffled, sorted by length within pools of ``POOL`` batches, and cut into batches. Pools run upwards and
@@ -48,12 +42,12 @@ def plan_epoch(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int)
         lengths: tokens of each sample.
         batch_tokens: most tokens of a batch; a longer sample is a batch of its own.
         seed: the run's seed.
-        epoch: counted from 0.
+        number: the pass, counted from 0.
 
     Returns:
         the positions in ``lengths`` that make up each batch, longest first.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = np.random.default_rng([seed, number])
     order = random.permutation(len(lengths))
     pools = np.cumsum(np.asarray(lengths)[order]) // (POOL * batch_tokens)
     upwards = np.asarray(lengths)[order] * np.where(pools % 2, -1, 1)
@@ -75,77 +69,82 @@ class Schedule:
     """Every optimiser step of a run.
 
     Args:
-        samples: the store's indices of the samples to train on.
-        lengths: tokens of each, in the same order.
+        passes: the samples of each.
+        lengths: tokens of every sample, by its index.
         batch_tokens: most tokens of a batch.
-        epochs: passes over the samples.
         seed: the run's seed.
     """
 
-    def __init__(
-        self, samples: Sequence[int], lengths: Sequence[int], batch_tokens: int, epochs: int, seed: int
-    ) -> None:
-        self.samples, self.lengths = tuple(samples), tuple(lengths)
-        self.batch_tokens, self.epochs, self.seed = batch_tokens, epochs, seed
+    def __init__(self, passes: Sequence[Pass], lengths: Sequence[int], batch_tokens: int, seed: int) -> None:
+        self.passes, self.lengths = passes, lengths
+        self.batch_tokens, self.seed = batch_tokens, seed
 
     @cached_property
-    def steps_per_epoch(self) -> tuple[int, ...]:
-        return tuple(len(self._plan(epoch)) for epoch in range(self.epochs))
+    def starts(self) -> list[int]:
+        """How many steps are behind the start of each pass, and last how many there are."""
+        return list(accumulate((len(self._plan(number)) for number in range(len(self.passes))), initial=0))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return sum(self.steps_per_epoch)
+        return self.starts[-1]
+
+    def finished(self, done: int) -> int:
+        """How many passes are behind ``done`` steps; where it is one of ``starts``, also the pass that begins then."""
+        return bisect_right(self.starts, done) - 1
 
     def from_step(self, done: int) -> Iterator[Batch]:
         """Yield the batches that are left after ``done`` steps."""
-        step = 0
-        for epoch, count in enumerate(self.steps_per_epoch):
-            if done < step + count:
-                for number, batch in enumerate(self._plan(epoch), step + 1):
-                    if number > done:
-                        yield Batch(number, epoch, tuple(self.samples[i] for i in batch))
-            step += count
+        for number in range(self.finished(done), len(self.passes)):
+            epoch, samples = self.passes[number]
+            for step, batch in enumerate(self._plan(number), self.starts[number] + 1):
+                if step > done:
+                    yield Batch(step, epoch, tuple(samples[place] for place in batch))
 
-    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
-        return plan_epoch(self.lengths, self.batch_tokens, self.seed, epoch)
+    def _plan(self, number: int) -> list[tuple[int, ...]]:
+        lengths = [self.lengths[index] for index in self.passes[number].samples]
+        return plan_pass(lengths, self.batch_tokens, self.seed, number)
 
 
-def divide(samples: Sequence[int], lengths: Mapping[int, int] | Sequence[int], parts: int) -> list[tuple[int, ...]]:
-    """Split a batch, longest sample first, into ``parts`` of about as many tokens each; small batches leave some empty.
+def divide(samples: Sequence[int], weights: Mapping[int, int], parts: int) -> list[tuple[int, ...]]:
+    """Split a batch, in order, into ``parts`` of about the same weight each; small batches leave some empty.
 
     Args:
-        samples: the store's indices.
-        lengths: tokens of every sample of the store, by its index.
+        samples: their indices.
+        weights: of each, by its index: 0 or more.
         parts: ranks times accumulation steps.
     """
-    total = sum(lengths[sample] for sample in samples)
+    total = sum(weights[sample] for sample in samples) + len(samples)
     divided: list[list[int]] = [[] for _ in range(parts)]
     before = 0
     for sample in samples:
-        middle = before + lengths[sample] / 2
-        divided[int(middle * parts / total)].append(sample)
-        before += lengths[sample]
+        weight = weights[sample] + 1  # so that those of no weight are dealt out, too
+        divided[int((before + weight / 2) * parts / total)].append(sample)
+        before += weight
     return [tuple(part) for part in divided]
 
 
-def load(store: Store, indices: Sequence[int]) -> list[StoreSample]:
-    """The samples at ``indices``. Where there are none, two tokens from which nothing is learnt: a rank without work
-
-    still takes part in what all ranks compute together, and adds zeros to it.
+def blank(like: StoreSample) -> StoreSample:
+    """Two tokens from which nothing is learnt, for a rank without work: it takes part in what all ranks compute together,
+    and adds zeros to it.
     """
-    if indices:
-        return [store[index] for index in indices]
-    first = store[0]
-    blank = first._replace(loss_mask=torch.zeros_like(first.loss_mask))
-    return [blank._replace(**{name: blank._asdict()[name][:2] for name in StoreSample._fields[4:]})]
+    nothing = torch.zeros(2, dtype=torch.bool)
+    return like._replace(
+        input_ids=like.input_ids[:2],
+        loss_mask=nothing,
+        features=like.features[:2],
+        last_hidden=like.last_hidden[:2],
+    )
 
 
 def some_states(store: Store) -> tuple[Tensor, Tensor]:
-    """Features ``[N, F, H]`` and ids ``[N]`` of the first few thousand training tokens."""
+    """Features ``[N, F, H]`` and ids ``[N]`` of the first few thousand tokens: training ones, or where they are streamed
+    those on which the head is validated, which stay.
+    """
     states, tokens = [], []
-    for index in store.indices("train"):
+    for index in store.indices("train") or store.indices("validation"):
         sample = store[index]
+        check_finite(sample)
         states.append(sample.features)
         tokens.append(sample.input_ids.long())
         if sum(map(len, tokens)) >= SOME_TOKENS:

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there, and the best head so far.
 
-runs/<name>/train/checkpoints/step-000200/     everything that exact resuming needs, written by accelerate
+runs/<name>/train/checkpoints/step-000200/     everything that exact resuming needs: state.safetensors (:mod:`.state`)
 runs/<name>/train/progress.json                where the best head came from
 runs/<name>/draft/                             the best head, in serving format
 """
@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor, nn
 
-from ..data.files import sync_folder
+from ..configs.errors import UserError
+from ..data.files import make_folder, read_tensors, sync_folder, tensor_file, write_atomic
 from ..models.checkpoint import save_draft
 from ..models.draft import Eagle3Draft
+from .state import PARTS, gathered
 
-PREFIX = "step-"
+PREFIX, STATE = "step-", "state.safetensors"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -32,23 +35,46 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, keep: int) -> None:
-    """Write the state after ``step`` steps, then delete all but the newest ``keep`` checkpoints. Every rank calls this."""
+def save(accelerator: Accelerator, module: nn.Module, optimizer: Any, folder: Path, step: int, keep: int) -> None:
+    """Write the state after ``step`` steps, then delete all but the newest ``keep`` checkpoints. Every rank calls this.
+
+    Raises:
+        UserError: it cannot be written; what was there stays.
+    """
     final = folder / f"{PREFIX}{step:06d}"
     if final.exists():
         return
-    temporary = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
+    main = accelerator.is_main_process
+    tensors = {name: tensor for name, tensor in gathered(module, optimizer) if main}
+    if main:
+        temporary = final.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        make_folder(temporary)
+        write_atomic(temporary / STATE, *tensor_file(tensors, {"step": str(step)}))
         _publish(temporary, final)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def read(checkpoint: Path, draft: Eagle3Draft) -> dict[str, Tensor]:
+    """The state in a checkpoint of ``draft``, mapped.
+
+    Raises:
+        UserError: it is damaged, or another head's.
+    """
+    path = checkpoint / STATE
+    remedy = f"delete {checkpoint} to go on from an earlier one, or else {checkpoint.parents[1]}"
+    try:
+        tensors, metadata = read_tensors(path)
+    except (OSError, UserError) as error:
+        raise UserError("train", path, f"the checkpoint cannot be read ({error})", remedy) from None
+    wanted = {f"{name}/{part}": parameter.shape for name, parameter in draft.named_parameters() for part in PARTS}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted or metadata["step"] != str(
+        step_of(checkpoint)
+    ):
+        raise UserError("train", path, "it is not a checkpoint of this head", remedy)
+    return tensors
 
 
 def save_best(draft: Eagle3Draft, folder: Path, provenance: dict[str, Any]) -> None:

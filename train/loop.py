@@ -1,18 +1,13 @@
-"""Stage 4: train the head.
-
-    eagle3 train configs/tiny.yaml
-    accelerate launch --config_file configs/accelerate/8gpu.yaml -m eagle3.train configs/maverick.yaml
-
-One process or many, with or without DeepSpeed: the batches, their order and the gradients are the same.
-"""
+"""The loop of training: step, log, validate, save, stop."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +15,28 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..configs.errors import Incomplete
-from ..configs.settings import Settings, TrainSettings
+from ..configs.settings import Settings
 from ..configs.signals import StopRequest
-from ..data.files import encode_json, encode_line, exclusive, file_sha256, write_atomic
-from ..data.stage import Json, Stage
-from ..data.store import MANIFEST, Store
+from ..data.files import encode_json, encode_line, file_sha256, write_atomic
+from ..data.store import Store
 from ..models.checkpoint import WEIGHTS
 from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, supervised
 from ..models.shapes import draft_config
 from ..models.start import begin, feature_scale
 from . import checkpoint
-from .batches import Batch, Schedule, collate, divide, load, some_states
-from .launch import any_rank, gather_parameters, make_accelerator
-from .module import Trained, TrainingTimeTest, parameter_groups, warm_draft
+from .batches import Schedule, blank, collate, divide, some_states
+from .feed import Clock, Planned, feed
+from .launch import any_rank, gather_parameters
+from .module import Trained, TrainingTimeTest
+from .optimizer import learning_rate, parameter_groups
 from .progress import TrainProgress
+from .samples import Batch, Samples, refuse
+from .speed import figures, peak_of
+from .state import WEIGHT, restore
 from .validate import Tally, Validation, validation_parts
 
 DONE, BEST, METRICS, CHECKPOINTS = "done.json", "progress.json", "metrics.jsonl", "checkpoints"
-#: What may change between two starts of one run: who shares a batch, what is kept, and where it is logged.
-FREE = {"accumulation", "keep_checkpoints", "tracker"}
-
-
-def train(settings: Settings, run_dir: Path) -> None:
-    """Train, validate, keep the best head in ``run_dir/draft``; goes on from the newest checkpoint.
-
-    Raises:
-        UserError: the store does not fit the recipe, or the run was begun with other settings.
-        Interrupted: a signal came; the last step is in a checkpoint.
-        Incomplete: the loss is not finite.
-    """
-    store = Store(run_dir / "store")
-    store.check(settings)
-    stage = Stage("train", run_dir, run_dir / "train", _inputs(settings, store))
-    if stage.begun() and (stage.folder / DONE).exists():
-        return
-    warm = None if settings.train.warm_start is None else warm_draft(settings, store)
-    accelerator = make_accelerator(settings, run_dir)
-    if accelerator.is_main_process:
-        stage.begin()  # only now: a head that was refused shall not tie the run to it
-    accelerator.wait_for_everyone()
-    lock = exclusive(stage.folder / ".train.lock") if accelerator.is_main_process else nullcontext()
-    with lock, StopRequest(stage.resume) as stop:
-        Trainer(settings, run_dir, store, accelerator, warm).run(stop)
-    accelerator.end_training()
 
 
 class Trainer:
@@ -75,10 +47,11 @@ class Trainer:
         settings: Settings,
         run_dir: Path,
         store: Store,
+        samples: Samples,
         accelerator: Accelerator,
         warm: Eagle3Draft | None,
     ) -> None:
-        self.settings, self.store, self.accelerator = settings, store, accelerator
+        self.settings, self.store, self.samples, self.accelerator = settings, store, samples, accelerator
         self.folder, self.draft_folder = run_dir / "train", run_dir / "draft"
         chosen = settings.train
         torch.manual_seed(settings.run.seed)
@@ -94,7 +67,12 @@ class Trainer:
             draft = warm
         self._origin = None if chosen.warm_start is None else file_sha256(Path(chosen.warm_start) / WEIGHTS)
         self.config, self.vocabulary = draft.config, draft.draft_ids.clone() if draft.mapped else None
-        embedding, lm_head = (tensor.float().to(accelerator.device) for tensor in (head.embedding, head.lm_head))
+        self._saved = self._newest(draft)
+        # As they are stored on a GPU, whose kernels widen what they read; plain torch has all in one dtype.
+        ends = (head.embedding, head.lm_head)
+        if accelerator.device.type != "cuda":
+            ends = (head.embedding.float(), head.lm_head.float())
+        embedding, lm_head = (tensor.to(accelerator.device) for tensor in ends)
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = torch.optim.AdamW(
             parameter_groups(draft, feature_scale(draft, states)),
@@ -103,51 +81,102 @@ class Trainer:
             weight_decay=chosen.weight_decay,
         )
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
-        self.lengths = store.lengths()
-        self.rows = [int(supervised(store[index].loss_mask[None], 1).sum()) for index in range(len(store))]
-        samples = store.indices("train")
-        lengths = [self.lengths[index] for index in samples]
-        self.schedule = Schedule(samples, lengths, chosen.batch_tokens, chosen.epochs, settings.run.seed)
+        self.schedule = Schedule(samples.passes, samples.lengths, chosen.batch_tokens, settings.run.seed)
         self.best: dict[str, Any] = {"step": 0, "acceptance_length": 0.0}
+        peak = peak_of(accelerator.device)
+        self._clock, self._peak = Clock(), None if peak is None else peak * accelerator.num_processes
 
     def run(self, stop: StopRequest) -> None:
         """Step, log, validate, save, stop: in this order, until the last epoch ends."""
         done, total = self._resume(), self.schedule.steps
-        progress = TrainProgress(total, done) if self.accelerator.is_main_process else None
+        self._cover(done)
+        progress = TrainProgress(total, done)
         if not done:
-            self._log({"step": 0, "validation": self._validate(0).as_json()})
-        for batch in self.schedule.from_step(done):
-            line = self._step(batch)
+            self._check(0, progress)
+        step = done
+        for planned, micros in self._feed(done):
+            if self._stale(step):
+                break
+            line, step = self._step(planned, micros), planned.batch.step
             self._log(line)
-            if progress:
+            if self.accelerator.is_main_process:
                 progress.show(line)
-            last, due = batch.step == total, batch.step % self.settings.train.validate_every == 0
+            last, due = step == total, step % self.settings.train.validate_every == 0
             if last or due:
-                self._log({"step": batch.step, "validation": self._validate(batch.step).as_json()})
+                self._check(step, progress)
             stopping = any_rank(self.accelerator, stop.requested)
             if last or due or stopping:
-                keep = self.settings.train.keep_checkpoints
-                checkpoint.save(self.accelerator, self.folder / CHECKPOINTS, batch.step, keep)
+                self._save(step)
             if stopping and not last:
                 stop.requested = True  # here too, if only another rank heard the signal
-                stop.check(f"step {batch.step} of {total} is saved")
+                stop.check(f"step {step} of {total} is saved")
         if self.accelerator.is_main_process:
-            write_atomic(self.folder / DONE, encode_json(self.best | {"steps": total}))
+            write_atomic(self.folder / DONE, encode_json(self.best | {"steps": step}))
+            print(progress.summary(), flush=True)
             print(f"best head: step {self.best['step']}, simulated AL {self.best['acceptance_length']:.2f}", flush=True)
 
-    def _step(self, batch: Batch) -> dict[str, Any]:
+    def _check(self, step: int, progress: TrainProgress) -> None:
+        validation = self._validate(step)
+        progress.validated(validation.acceptance_length)
+        self._log({"step": step, "validation": validation.as_json()})
+
+    def _stale(self, step: int) -> bool:
+        """Whether the last ``train.patience`` validations brought no better head."""
+        chosen = self.settings.train
+        if chosen.patience is None:
+            return False
+        # The main process knows of the best head; all of them must stop at once.
+        return any_rank(self.accelerator, step - self.best["step"] >= chosen.patience * chosen.validate_every)
+
+    def _feed(self, done: int) -> Iterator[tuple[Planned, Iterator[RolloutBatch]]]:
+        """The steps that are left, with their micro-batches; what is loaded ahead is of the same pass."""
+        left = self.schedule.from_step(done)
+        for _, batches in groupby(left, key=lambda batch: self.schedule.finished(batch.step - 1)):
+            first = next(batches)
+            self._make_room(first.step - 1)
+            steps = (self._planned(batch) for batch in chain([first], batches))
+            yield from feed(steps, partial(self._collate, self.samples), self._clock)
+
+    def _planned(self, batch: Batch) -> Planned:
+        """This rank's micro-batches, with about as many supervised tokens in each of every rank's."""
+        masks = [self.samples.loss_mask(index)[None] for index in batch.samples]
+        rows = {index: int(supervised(mask, 1).sum()) for index, mask in zip(batch.samples, masks, strict=True)}
+        ranks = self.accelerator.num_processes
+        parts = divide(batch.samples, rows, ranks * self.settings.train.accumulation)
+        return Planned(batch, tuple(parts[self.accelerator.process_index :: ranks]), sum(rows.values()))
+
+    def _make_room(self, done: int) -> None:
+        """Before a pass that is not all recorded, save: the recorder may be waiting until what was read may go."""
+        number = self.schedule.finished(done)
+        opens = done == self.schedule.starts[number]
+        if done and opens and any_rank(self.accelerator, not self.samples.ready(number)):
+            self._save(done)
+
+    def _save(self, step: int) -> None:
+        keep = self.settings.train.keep_checkpoints
+        checkpoint.save(self.accelerator, self.module, self.optimizer, self.folder / CHECKPOINTS, step, keep)
+        self._cover(step)
+
+    def _checkpoints(self) -> list[Path]:
+        return checkpoint.checkpoints(self.folder / CHECKPOINTS)
+
+    def _cover(self, step: int) -> None:
+        """Let go of what no checkpoint will ask for again."""
+        if self.accelerator.is_main_process:
+            self.samples.covered(self.schedule.finished(step))
+
+    def _step(self, planned: Planned, parts: Iterable[RolloutBatch]) -> dict[str, Any]:
         """One optimiser step; returns the line of metrics.jsonl."""
-        started, chosen, accelerator = time.perf_counter(), self.settings.train, self.accelerator
+        started, chosen, accelerator, batch = time.perf_counter(), self.settings.train, self.accelerator, planned.batch
         rate = learning_rate(batch.step - 1, self.schedule.steps, chosen)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         # Gradients are averaged over ranks and micro-batches; every row of the global batch shall count the same.
-        ranks, micros = accelerator.num_processes, chosen.accumulation
-        scale = ranks * micros / max(1, sum(self.rows[index] for index in batch.samples))
+        scale = accelerator.num_processes * chosen.accumulation / max(1, planned.rows)
         sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), 0.0
-        for part in divide(batch.samples, self.lengths, ranks * micros)[accelerator.process_index :: ranks]:
+        for part in parts:
             with accelerator.accumulate(self.module):
-                trained: Trained = self.module(self._load(part))
+                trained: Trained = self.module(self._on_device(part))
                 accelerator.backward(trained.loss * scale)
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip) or 0.0)
@@ -158,18 +187,17 @@ class Trainer:
         hits, counts = sums[1:].view(2, -1).tolist()
         loss = sums[0].item() / max(counts[0], 1)
         if not math.isfinite(loss):
-            names = ", ".join(self.store[index].id for index in batch.samples[:4])
-            raise Incomplete(
-                f"the loss of step {batch.step} is {loss}; its batch begins with {names}; lower train.learning_rate"
-            )
+            refuse(self.samples, batch.samples, f"the loss of step {batch.step} is {loss}", self._checkpoints()[-1:])
+        seconds, rows = time.perf_counter() - started, [int(count) for count in counts]
+        tokens = sum(self.samples.lengths[index] for index in batch.samples)
         return {
             "step": batch.step,
             "epoch": batch.epoch,
-            "loss": round(loss, 5),
+            "loss": round(loss, 7),
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
-            "grad_norm": round(norm, 4),
-            "tokens_per_s": round(sum(self.lengths[i] for i in batch.samples) / (time.perf_counter() - started)),
+            "grad_norm": round(norm, 7),
+            **figures(self.config, tokens, rows, seconds, self._clock.lap(), self._peak),
         }
 
     @torch.no_grad()
@@ -178,13 +206,20 @@ class Trainer:
         accelerator = self.accelerator
         tally = Tally(self.settings.train.ttt_steps, self._chain)
         self.module.eval()
-        indices = self.store.indices("validation")
-        for part in validation_parts(indices, self.lengths, accelerator.process_index, accelerator.num_processes):
-            batch = self._load(part)
+        indices, lengths = self.store.indices("validation"), self.store.lengths()
+        for part in validation_parts(indices, lengths, accelerator.process_index, accelerator.num_processes):
+            batch = self._on_device(self._collate(self.store, part))
             tally.add(batch, self.module(batch))
         self.module.train()
         tally.sums = accelerator.reduce(tally.sums.to(accelerator.device), "sum").cpu()
         validation = tally.result()
+        if not math.isfinite(validation.loss):
+            refuse(
+                self.store,
+                indices,
+                f"the validation loss of step {step} is {validation.loss}",
+                self._checkpoints()[-1:],
+            )
         parameters = gather_parameters(accelerator, self.module)
         if accelerator.is_main_process and validation.acceptance_length > self.best["acceptance_length"]:
             self.best = {"step": step, "acceptance_length": validation.acceptance_length, "chain": self._chain}
@@ -199,8 +234,14 @@ class Trainer:
         """The chain that validation simulates: evaluation's, as far as the rollout reaches."""
         return min(self.settings.eval.chain, self.settings.train.ttt_steps)
 
-    def _load(self, indices: tuple[int, ...]) -> RolloutBatch:
-        batch = collate(load(self.store, indices))
+    def _collate(self, source: Samples | Store, indices: tuple[int, ...]) -> RolloutBatch:
+        """The samples at ``indices``; where there are none, one from which nothing is learnt."""
+        batch = collate([source[index] for index in indices] or [blank(self.store[0])])
+        if self.accelerator.device.type != "cuda":
+            return batch
+        return RolloutBatch(*(tensor.pin_memory() for tensor in batch))
+
+    def _on_device(self, batch: RolloutBatch) -> RolloutBatch:
         return RolloutBatch(*(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch))
 
     def _provenance(self) -> dict[str, Any]:
@@ -210,12 +251,23 @@ class Trainer:
         trained = self.best | {"objective": chosen.objective, "ttt_steps": chosen.ttt_steps, "warm_start": self._origin}
         return {"eagle3_target": {key: target[key] for key in kept}, "eagle3_training": trained}
 
+    def _newest(self, draft: Eagle3Draft) -> tuple[int, dict[str, Tensor]]:
+        """The steps behind the newest checkpoint, and its state, whose weights the head now has; 0 where there is none."""
+        found = self._checkpoints()
+        if not found:
+            return 0, {}
+        state = checkpoint.read(found[-1], draft)
+        draft.load_state_dict(
+            draft.state_dict() | {name: state[f"{name}/{WEIGHT}"] for name, _ in draft.named_parameters()}
+        )
+        return checkpoint.step_of(found[-1]), state
+
     def _resume(self) -> int:
-        """Load the newest checkpoint; returns the steps behind it. Later lines of metrics.jsonl are dropped."""
-        found = checkpoint.checkpoints(self.folder / CHECKPOINTS)
-        step = checkpoint.step_of(found[-1]) if found else 0
-        if found:
-            self.accelerator.load_state(str(found[-1]))
+        """Go on from the newest checkpoint; returns the steps behind it. Later lines of metrics.jsonl are dropped."""
+        step, state = self._saved
+        if step:
+            restore(self.module, self.optimizer, state, step)
+        self._saved = (step, {})
         if self.accelerator.is_main_process:
             log, best = self.folder / METRICS, self.folder / BEST
             lines = log.read_bytes().splitlines(keepends=True) if step and log.exists() else []
@@ -237,29 +289,8 @@ class Trainer:
         self.accelerator.log({f"{prefix}/{key}": value for key, value in flat.items()}, step=line["step"])
 
 
-def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine to zero; a pure function of the steps done, so there is no scheduler to save."""
-    warmup = max(1, round(settings.warmup * total))
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
 def _sums(trained: Trained) -> Tensor:
     """Loss, then hits of every step, then rows of every step, float32 ``[1 + 2K]``."""
     hits = [result.hits.sum() for result in trained.results]
-    counts = [trained.loss.new_tensor(len(output.rows)) for output in trained.outputs]
+    counts = [trained.loss.new_tensor(len(rows)) for rows in trained.rows]
     return torch.stack([value.float() for value in (trained.loss.detach(), *hits, *counts)])
-
-
-def _inputs(settings: Settings, store: Store) -> dict[str, Json]:
-    """What the head depends on."""
-    trained = {f"train.{key}": value for key, value in asdict(settings.train).items() if key not in FREE}
-    if settings.train.warm_start is not None:
-        weights = Path(settings.train.warm_start) / WEIGHTS
-        trained["train.warm_start"] = file_sha256(weights) if weights.is_file() else settings.train.warm_start
-    shape = {f"draft.{key}": value for key, value in asdict(settings.draft).items()}
-    store_hash = file_sha256(store.path / MANIFEST)
-    named = {"run.seed": settings.run.seed, "store/manifest.json": store_hash, "eval.chain": settings.eval.chain}
-    inputs: dict[str, Json] = json.loads(json.dumps(trained | shape | named))  # tuples as the file will have them
-    return inputs

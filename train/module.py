@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,16 +13,20 @@ from ..configs.settings import DraftSettings, Settings, TrainSettings
 from ..data.store import Store
 from ..models.checkpoint import load_draft
 from ..models.draft import Eagle3Draft
-from ..models.rollout import RolloutBatch, StepOutput, rollout
+from ..models.rollout import RolloutBatch, rollout
 from ..models.shapes import draft_config
 from .objective import StepResult, objective, weighted
 
 
 class Trained(NamedTuple):
-    """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step."""
+    """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step.
+
+    ``rows [n, 2]`` are those of :class:`~eagle3.models.rollout.StepOutput`; its outputs are not kept, since mixed precision
+    would widen a copy of all that a forward returns.
+    """
 
     loss: Tensor
-    outputs: list[StepOutput]
+    rows: list[Tensor]
     results: list[StepResult]
 
 
@@ -43,17 +47,7 @@ class TrainingTimeTest(nn.Module):
         embedding, lm_head = self._constants
         outputs = rollout(self.draft, embedding, batch, self.settings.ttt_steps)
         results = objective(self.draft, outputs, batch, lm_head, self.settings.objective)
-        return Trained(weighted(results, self.settings.step_decay), outputs, results)
-
-
-def parameter_groups(draft: Eagle3Draft, scale: Tensor) -> list[dict[str, Any]]:
-    """The optimiser's groups, each with the ``scale`` of its learning rate.
-
-    Adam moves every weight by about the learning rate, whatever its gradient. What that does to the output of ``fc``
-    grows with the features, which differ a hundredfold between targets: its rate is divided by their ``scale [F]``.
-    """
-    rest = [parameter for name, parameter in draft.named_parameters() if name != "fc.weight"]
-    return [{"params": rest, "scale": 1.0}, {"params": [draft.fc.weight], "scale": 1.0 / float(scale.mean())}]
+        return Trained(weighted(results, self.settings.step_decay), [output.rows for output in outputs], results)
 
 
 def warm_draft(settings: Settings, store: Store) -> Eagle3Draft:

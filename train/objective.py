@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models import kernels
 from ..models.draft import Eagle3Draft
 from ..models.rollout import RolloutBatch, StepOutput
 
@@ -133,18 +134,27 @@ def objective(
         lm_head: the target's, ``[V, H]``.
         kind: "kl" or "lk".
     """
-    draft_ids = draft.draft_ids
     sample, row = steps[0].rows.unbind(1)
-    teacher = teacher_of(batch.last_hidden[sample, row + 1], lm_head, draft_ids if draft.mapped else None)
     index_BT = torch.full_like(batch.input_ids, -1)
     index_BT[sample, row] = torch.arange(len(row), device=row.device)
-    results = []
-    for step, (rows, y) in enumerate(steps):
-        sample, row = rows.unbind(1)
-        at = index_BT[sample, row + step]
+    at = [index_BT[output.rows[:, 0], output.rows[:, 1] + step] for step, output in enumerate(steps)]
+    states = batch.last_hidden[sample, row + 1]
+    if fused := kernels.chosen(draft):
+        teacher = fused.teacher_of(states, lm_head, draft)
+        sharpness = LK_SHARPNESS if kind == "lk" else None
+        return [StepResult(*each) for each in fused.step_losses(draft, [y for _, y in steps], teacher, at, sharpness)]
+    return _plain(draft, steps, teacher_of(states, lm_head, draft.draft_ids if draft.mapped else None), at, kind)
+
+
+def _plain(
+    draft: Eagle3Draft, steps: list[StepOutput], teacher: Teacher, at: list[Tensor], kind: str
+) -> list[StepResult]:
+    """Without kernels: what they are checked against, and what a CPU computes."""
+    draft_ids, results = draft.draft_ids, []
+    for (_, y), at_n in zip(steps, at, strict=True):
         logits = draft.logits(y)
-        losses, alpha = RowLosses.apply(logits, teacher, at, kind)
-        hits = draft_ids[_at_least_float32(logits.detach()).argmax(-1)] == teacher.top[at]
+        losses, alpha = RowLosses.apply(logits, teacher, at_n, kind)
+        hits = draft_ids[_at_least_float32(logits.detach()).argmax(-1)] == teacher.top[at_n]
         results.append(StepResult(losses.sum(), alpha.sum(), hits))
     return results
 

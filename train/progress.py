@@ -1,38 +1,54 @@
-"""The line that training overwrites: step, loss, accuracy by TTT step, speed, time left."""
+"""The line that training overwrites, and the one that it ends with."""
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import Any
 
-INTERVAL_TERMINAL, INTERVAL_LOG = 0.2, 10.0  # seconds; a log keeps every line
+from ..configs.status import StatusLine, minutes
 
 
 class TrainProgress:
-    """Shows how far training is, on stderr.
+    """Shows on stderr how far training is, and how fast it was since this start.
 
     Args:
         total: optimiser steps in all.
-        done: steps that an earlier start had taken; they do not count for the time left.
+        done: steps that an earlier start had taken; they do not count for speed and time left.
     """
 
     def __init__(self, total: int, done: int) -> None:
-        self._total, self._at_start = total, done
-        self._started, self._shown = time.monotonic(), 0.0
-        self._terminal = sys.stderr.isatty()
+        self._total, self._at_start, self._step = total, done, done
+        self._seconds = self._tokens = self._tflop = self._waited = self._used = 0.0
+        self._length, self._line = 0.0, StatusLine()
 
     def show(self, line: dict[str, Any]) -> None:
-        """Show one line of metrics.jsonl, if the last one is long enough ago."""
-        now, step = time.monotonic(), line["step"]
-        last = step == self._total
-        if not last and now - self._shown < (INTERVAL_TERMINAL if self._terminal else INTERVAL_LOG):
+        """Count one step's line of metrics.jsonl, and show it if the last one is long enough ago."""
+        seconds, self._step = line["seconds"], line["step"]
+        self._seconds += seconds
+        self._tokens += line["tokens_per_s"] * seconds
+        self._tflop += line["tflop_per_s"] * seconds
+        self._waited += line["waited"] * seconds
+        self._used += line.get("mfu", 0.0) * seconds
+        last = self._step == self._total
+        if not (last or self._line.due):
             return
-        self._shown = now
-        left = (now - self._started) / (step - self._at_start) * (self._total - step)
-        minutes, seconds = divmod(round(left), 60)
+        left = self._seconds / (self._step - self._at_start) * (self._total - self._step)
         accuracy = " ".join(f"{value:.2f}" for value in line["accuracy"])
-        text = f"train {step}/{self._total}, loss {line['loss']:.3f}, accuracy {accuracy}, "
-        text += f"{line['tokens_per_s']:,} tokens/s, {minutes}:{seconds:02d} left"
-        end = "\n" if last or not self._terminal else ""
-        print(f"\r{text}\x1b[K" if self._terminal else text, end=end, file=sys.stderr, flush=True)
+        text = (
+            f"train {self._step}/{self._total}, loss {line['loss']:.3f}, accuracy {accuracy}, AL {self._length:.2f}, "
+        )
+        self._line.show(f"{text}{self._speed()}, {minutes(left)} left", last)
+
+    def validated(self, acceptance_length: float) -> None:
+        """Note the simulated acceptance length, which the next lines show."""
+        self._length = acceptance_length
+
+    def summary(self) -> str:
+        """How long this start took, and how fast it was."""
+        steps = self._step - self._at_start
+        return f"{steps:,} steps in {minutes(self._seconds)}, validation apart: {self._speed()}"
+
+    def _speed(self) -> str:
+        elapsed = max(self._seconds, 1e-9)
+        mfu = f" (MFU {self._used / elapsed:.0%})" if self._used else ""
+        speed = f"{self._tokens / elapsed:,.0f} tokens/s, {self._tflop / elapsed:,.2f} TFLOP/s{mfu}"
+        return f"{speed}, waiting for data {self._waited / elapsed:.0%}"

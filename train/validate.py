@@ -49,8 +49,8 @@ class Tally:
         """Count one batch."""
         self.sums[0] += trained.loss.item()
         hits_KBT = torch.zeros(self.steps, *batch.input_ids.shape, dtype=torch.bool)
-        for step, (output, result) in enumerate(zip(trained.outputs, trained.results, strict=True)):
-            sample, row = output.rows.cpu().unbind(1)
+        for step, (rows, result) in enumerate(zip(trained.rows, trained.results, strict=True)):
+            sample, row = rows.cpu().unbind(1)
             hits_KBT[step, sample, row] = result.hits.cpu()
             self.sums[3 + step] += result.hits.sum().item()
             self.sums[3 + self.steps + step] += len(row)

@@ -56,7 +56,7 @@ class CrashPlan:
 
     def _moment(self) -> None:
         self.moments += 1
-        if self.moments == self.at:
+        if self.happened:  # and nothing happens after it, in whatever thread
             raise Crash
 
 

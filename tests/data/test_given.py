@@ -168,7 +168,8 @@ def test_the_summaries_tell_them_apart(
     mine: Settings, reasoning: Target, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    settings = replace(mine, run=replace(mine.run, root=str(tmp_path), name="run"))
+    short = replace(mine.prepare, max_prompt_tokens=300)  # of 512 positions
+    settings = replace(mine, run=replace(mine.run, root=str(tmp_path), name="run"), prepare=short)
     prepare(settings, run, reasoning.text)
     assert "  7 answers are kept as they were given, 9 are the target's to give\n" in capsys.readouterr().out
     speeds = Speeds(1.0, None, None)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from eagle3 import cli
 from eagle3.configs.errors import UserError
 from eagle3.configs.loader import load
 from eagle3.configs.settings import Settings
-from eagle3.data.plan import Plan, Speeds, make_plan
+from eagle3.data.answers import read_answers
+from eagle3.data.plan import STORED, Plan, Speeds, make_plan
 from eagle3.data.plan_table import render
+from eagle3.data.plan_tokens import longest_of
+from eagle3.data.quantise import encode
+from eagle3.data.regenerate import regenerate
 from eagle3.data.store import Store
 from eagle3.data.units import counted, in_bytes
+from eagle3.models.target import Target
 from transformers import Llama4Config, Llama4TextConfig
 
 UNKNOWN = Speeds(None, None, None)
@@ -57,16 +64,34 @@ def test_bytes_of_maverick_by_dtype(flagship: Plan) -> None:
     assert list(flagship.store_bytes_per_token.values()) == [40_960, 25_612, 20_496]
     assert flagship.tokens["all"] == BILLION
     ends, beside = 2 * 202_048 * 5120 * 2, 5 * BILLION
-    assert flagship.store_bytes["bfloat16"] == 40_960 * BILLION + beside + ends
-    assert flagship.store_bytes["float8_e4m3fn"] == pytest.approx(20.5e12, rel=1e-3)
-    assert flagship.disk["store"] == flagship.store_bytes["bfloat16"]
-    assert in_bytes(flagship.disk["store"]) == "41.0 TB"
+    assert list(flagship.store_bytes.values()) == [
+        size * BILLION + beside + ends for size in flagship.store_bytes_per_token.values()
+    ]
+    assert flagship.stored_as == "float8_e4m3fn"
+    assert flagship.disk["store"] == flagship.store_bytes["float8_e4m3fn"]
+    assert in_bytes(flagship.disk["store"]) == "20.5 TB"
+
+
+@pytest.mark.parametrize("last_hidden", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("features", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_bytes_of_a_token_are_those_that_are_stored(
+    features: str, last_hidden: str, changed: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = changed("record", features_dtype=features, last_hidden_dtype=last_hidden)
+    settings = replace(settings, run=replace(settings.run, root=str(tmp_path)))
+    plan = make_plan(settings, UNKNOWN, gpus=1)
+    stored = encode("features", torch.ones(1, 3, 32), features) | encode("last_hidden", torch.ones(1, 32), last_hidden)
+    assert plan.store_bytes_per_token[plan.stored_as] == sum(tensor.nbytes for tensor in stored.values())
+    assert plan.disk["store"] == plan.store_bytes[plan.stored_as]
+    assert len(plan.store_bytes) == 3 + ((features, last_hidden) not in STORED)
+    assert sum("(this recipe)" in line for line in render(plan).splitlines()) == 1
 
 
 def test_memory_of_maverick(flagship: Plan) -> None:
     assert flagship.memory["weights"] == pytest.approx(800e9 / 8, rel=0.01)
     pairs = 64 * 2000 * 48 * 2 * 8 * 128 * 2
     assert flagship.memory["regenerate"] - flagship.memory["weights"] == pairs // 8
+    assert flagship.memory["record"] - flagship.memory["weights"] == 16_384 * 5120 * 7 * 2
     by_stage = [held["all"] for held in flagship.training_memory.values()]
     assert by_stage == sorted(by_stage, reverse=True)
     assert all(held["the target's ends"] == 2 * 202_048 * 5120 * 4 for held in flagship.training_memory.values())
@@ -93,17 +118,21 @@ def test_a_disk_that_is_too_small_is_warned_of(flagship: Plan) -> None:
 
 def test_measured_beats_assumed(recipe: Settings, finished: Path, tmp_path: Path) -> None:
     settings = replace(recipe, run=replace(recipe.run, root=str(tmp_path), name="run"))
-    longest = 24 * (recipe.prepare.max_prompt_tokens + recipe.regenerate.max_new_tokens)
     assumed = make_plan(settings, UNKNOWN, gpus=1)
-    assert (assumed.tokens["all"], assumed.tokens["measured"]) == (longest, False)
+    assert (assumed.tokens["all"], assumed.tokens["measured"]) == (24 * 512, False)  # the target has no more positions
+    assert assumed.tokens["answer"] == 24 * recipe.regenerate.max_new_tokens
     assert not (tmp_path / "run").exists()
     assert assumed.disk["there"] == 0 and assumed.warnings == []
 
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     recorded = make_plan(settings, UNKNOWN, gpus=1)
-    manifest = Store(run / "store").manifest
+    store = Store(run / "store")
+    manifest, lengths = store.manifest, store.lengths()
     assert (recorded.tokens["all"], recorded.tokens["answer"]) == (manifest.tokens, manifest.supervised_tokens)
     assert recorded.tokens["origin"] == "the recorded store"
+    trained = sum(lengths[at] for at in store.indices("train"))
+    assert (recorded.tokens["training"], recorded.tokens["trained"]) == (16, trained * settings.train.epochs)
+    assert (recorded.tokens["longest"], recorded.tokens["most_said"]) == (max(lengths), 8)
     assert recorded.disk["there"] == sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     shards = (path.stat().st_size for path in (run / "store").glob("shard-*.safetensors"))
     actual = sum(shards) + (run / "store" / "head.safetensors").stat().st_size
@@ -111,16 +140,105 @@ def test_measured_beats_assumed(recipe: Settings, finished: Path, tmp_path: Path
         actual, rel=0.2
     )  # headers weigh much in a store as small as this one
 
+    written = sum((run / "conversations" / name).stat().st_size for name in ("prompts.jsonl", "answers.jsonl"))
+    assert recorded.disk["conversations"] == pytest.approx(
+        written, rel=0.5
+    )  # so do the names in lines as short as these
+
     shutil.rmtree(run / "store")
-    answered = make_plan(settings, UNKNOWN, gpus=1)
-    assert answered.tokens == recorded.tokens | {"origin": "the answers"}
+    answered = make_plan(settings, UNKNOWN, gpus=1).tokens
+    for key in ("conversations", "training", "prompt", "answer", "measured"):
+        assert answered[key] == recorded.tokens[key]
+    assert answered["trained"] == pytest.approx(recorded.tokens["trained"], rel=0.1)
+    assert (answered["origin"], answered["longest"], answered["most_said"]) == ("the answers", 512, 8)
 
     (run / "conversations" / "answers.summary.json").unlink()
-    summary = json.loads((run / "conversations" / "summary.json").read_bytes())
-    summary["kept"]["train"] = {"sums": 3}
-    (run / "conversations" / "summary.json").write_text(json.dumps(summary))
+    prompts = run / "conversations" / "prompts.jsonl"
+    prompts.write_text("".join(sorted(prompts.read_text().splitlines(keepends=True))[:11]))
     chosen = make_plan(settings, UNKNOWN, gpus=1).tokens
-    assert (chosen["conversations"], chosen["training"], chosen["origin"]) == (11, 3, "the chosen prompts")
+    training = prompts.read_text().count('"split": "train"')
+    assert (chosen["conversations"], chosen["training"], chosen["origin"]) == (11, training, "the chosen prompts")
+    assert (chosen["all"], chosen["trained"]) == (11 * 512, training * 512 * settings.train.epochs)
+
+
+def test_several_turns_are_several_answers(maverick: Path, tmp_path: Path) -> None:
+    limits = ["prepare.max_prompt_tokens=1000", "regenerate.max_new_tokens=3000", "train.epochs=2"]
+    settings = load("maverick", [f"target.path={maverick}", f"run.root={tmp_path}", *limits])
+    folder = tmp_path / "maverick" / "conversations"
+    folder.mkdir(parents=True)
+    alone = make_plan(settings, UNKNOWN, gpus=8)
+    assert "by the recipe's counts, a turn each (eagle3 prepare counts the turns): every prompt" in render(alone)
+    rows = [("train", 0), ("train", 4), ("test", 1)]
+    lines = [{"id": str(at), "source": "s", "split": split, "messages": [], "follow_ups": ["Why?"] * more, "given": []}
+             for at, (split, more) in enumerate(rows)]  # fmt: skip
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = make_plan(settings, Speeds(100.0, 1000.0, 10.0), gpus=8)
+    tokens = plan.tokens
+    assert (tokens["prompt"], tokens["answer"]) == (3 * 1000, (1 + 5 + 2) * 3000)
+    assert (tokens["longest"], tokens["most_said"]) == (16_000, 15_000)
+    assert tokens["trained"] == 2 * (2 * 1000 + 6 * 3000)
+    assert tokens["origin"] == "the chosen prompts and their 8 turns"
+    assert plan.hours == {
+        "regenerate": 24_000 / 100 / 3600, "record": 27_000 / 1000 / 3600, "train": 40_000 / 10 / 3600
+    }  # fmt: skip
+    pairs = 48 * 2 * 8 * 128 * 2
+    assert plan.memory["regenerate"] - plan.memory["weights"] == 64 * 16_000 * pairs // 8
+    assert alone.memory["regenerate"] - alone.memory["weights"] == 64 * 4_000 * pairs // 8
+    assert "  longest conversation       16,000\n" in render(plan)
+
+
+def test_a_conversation_that_is_longer_than_a_batch_is_one(maverick: Path, tmp_path: Path) -> None:
+    batches = ["record.batch_tokens=1000", "train.batch_tokens=800", "regenerate.max_new_tokens=2000"]
+    settings = load("maverick", [f"target.path={maverick}", f"run.root={tmp_path}", *batches])
+    plan = make_plan(settings, UNKNOWN, gpus=8)
+    longest = 4096 + 2000
+    assert plan.tokens["longest"] == longest
+    assert plan.memory["record"] - plan.memory["weights"] == longest * 5120 * 7 * 2
+    assert {held["batch"] for held in plan.training_memory.values()} == {longest * (20_496 + 9)}
+
+
+@pytest.mark.usefixtures("brief")
+def test_no_run_holds_more_than_was_planned(
+    talking: Path, recipe: Settings, tiny_target: Target, changed: Callable[..., Settings]
+) -> None:
+    settings = replace(
+        changed("prepare", max_prompt_tokens=120), run=replace(recipe.run, root=str(talking.parent), name=talking.name)
+    )
+    planned = make_plan(settings, UNKNOWN, gpus=1).tokens
+    regenerate(settings, talking, tiny_target)
+    answered = make_plan(settings, UNKNOWN, gpus=1).tokens
+    answers = read_answers(talking / "conversations" / "answers.jsonl")
+    assert sum(len(answer.turns) for answer in answers) == 48
+    assert planned["answer"] == 48 * settings.regenerate.max_new_tokens
+    assert 0 < max(len(answer.ids) for answer in answers) <= planned["longest"]
+    assert 0 < max(len(answer.said) for answer in answers) <= planned["most_said"] == 24
+    for key in ("prompt", "answer", "all", "trained"):
+        assert 0 < answered[key] <= planned[key]
+    for key in ("conversations", "training", "longest", "most_said"):
+        assert answered[key] == planned[key]
+
+
+@pytest.mark.parametrize(
+    ("turns", "positions", "longest"),
+    [
+        (1, 1000, (50, 20)),
+        (3, 1000, (50, 60)),
+        (3, 110, (50, 60)),
+        (3, 109, (50, 59)),
+        (9, 60, (40, 20)),
+        (1, 60, (40, 20)),
+        (9, 10, (0, 20)),  # which regenerate refuses
+    ],
+)
+def test_the_targets_positions_end_a_conversation(
+    turns: int, positions: int, longest: tuple[int, int], recipe: Settings
+) -> None:
+    settings = replace(
+        recipe,
+        prepare=replace(recipe.prepare, max_prompt_tokens=50),
+        regenerate=replace(recipe.regenerate, max_new_tokens=20),
+    )
+    assert longest_of(settings, positions, turns) == longest
 
 
 def test_the_disk_is_that_of_the_nearest_folder(
@@ -137,6 +255,14 @@ def test_the_disk_is_that_of_the_nearest_folder(
     plan = make_plan(settings, UNKNOWN, gpus=1)
     assert asked == [tmp_path]
     assert plan.warnings[0].endswith(f"is too small by {in_bytes(plan.disk['all'])}")
+    there = tmp_path / "not" / "yet" / "tiny"
+    there.mkdir(parents=True)
+    (there / "part").write_bytes(b"x" * 500)
+    for free, warnings in ((plan.disk["all"] - 500, 0), (plan.disk["all"] - 501, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        found = make_plan(settings, UNKNOWN, gpus=1)
+        assert (found.disk["there"], len(found.warnings)) == (500, warnings)
+    assert found.warnings == [f"the disk of run.root = {there.parent} is too small by 1 B"]
 
 
 def test_the_command_says_it_as_a_table_and_as_json(
@@ -180,3 +306,15 @@ def test_a_recipe_that_does_not_suit_its_target(changed) -> None:
 def test_sizes_have_three_digits(amount: float, text: str) -> None:
     assert in_bytes(amount) == text
     assert counted(400.7e9) == "401 B"
+
+
+def test_a_spool_takes_what_it_may_hold(recipe: Settings, tmp_path: Path) -> None:
+    settings = replace(recipe, run=replace(recipe.run, root=str(tmp_path)))
+    whole = make_plan(settings, UNKNOWN, gpus=1)
+    spooled = replace(
+        settings, record=replace(settings.record, spool_shards=2), train=replace(settings.train, epochs=1)
+    )
+    bounded = make_plan(spooled, UNKNOWN, gpus=1)
+    gone = whole.tokens["all"] * 16 // 24 - 2 * settings.record.shard_tokens
+    per_token = whole.store_bytes_per_token[whole.stored_as] + 5
+    assert whole.disk["store"] - bounded.disk["store"] == gone * per_token > 0

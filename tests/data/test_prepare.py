@@ -224,7 +224,7 @@ def test_a_crash_at_any_moment_changes_nothing(tmp_path: Path, write, text: Targ
         assert files == ["prepare.stage.json", "prompts.jsonl", "summary.json"]
         assert (tmp_path / "run" / PROMPTS).read_bytes() == (tmp_path / "whole" / PROMPTS).read_bytes()
         shutil.rmtree(tmp_path / "run")
-    assert moment == 19
+    assert moment == 21
 
 
 def test_a_signal(tmp_path: Path, write, text: TargetText, monkeypatch: pytest.MonkeyPatch) -> None:

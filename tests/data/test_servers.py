@@ -143,17 +143,6 @@ def test_pauses_double_up_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(2.0 <= backoff(3) <= 4.0 for _ in range(99))
 
 
-def test_a_key_is_sent_where_there_is_one(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = []
-    real = endpoints.urllib.request.urlopen
-    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: sent.append(request) or real(request))
-    endpoint = Endpoint(serve().url, 5.0)
-    for key, header in (("", None), ("s3cret", "Bearer s3cret")):
-        monkeypatch.setenv("OPENAI_API_KEY", key)
-        endpoint.find_model(None)
-        assert sent[-1].get_header("Authorization") == header
-
-
 def test_a_server_that_knows_openais_parameters_alone(serve: Serve) -> None:
     stub, rest = serve(), ("return_token_ids", "top_k", "min_p", "repetition_penalty")
     stub.trouble = lambda request: (422, "extra inputs") if any(name in request for name in rest) else None

@@ -8,7 +8,10 @@ import os
 import signal
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -17,13 +20,15 @@ import torch
 from eagle3.configs.errors import Interrupted, UserError
 from eagle3.data import spool
 from eagle3.data.files import remove_temporaries, sha256, write_atomic
-from eagle3.data.index import Identity
-from eagle3.data.shards import Kept, StoreSample, shard_path, write_shard
+from eagle3.data.index import Identity, Index
+from eagle3.data.shards import StoreSample, shard_path
+from eagle3.data.shards import publish as publish_shard
 from eagle3.data.spool import SpoolReader, SpoolWriter, consumed
 from eagle3.data.store import Manifest, read_shard
 
 LENGTHS = [[4, 3], [5], [2, 2, 3], [6, 2], [7], [3, 3], [2], [4, 4]]
-SAMPLES = sum(map(len, LENGTHS))
+FIRST = list(accumulate(map(len, LENGTHS), initial=0))
+SAMPLES = FIRST[-1]
 LIMIT = 3
 RECORDING = "ab" * 32
 DEADLINE = 20.0  # seconds after which a test that hangs fails
@@ -40,15 +45,14 @@ def sample(number: int, length: int) -> StoreSample:
 
 
 def shard(index: int) -> list[StoreSample]:
-    before = sum(map(len, LENGTHS[:index]))
-    return [sample(before + number, length) for number, length in enumerate(LENGTHS[index])]
+    return [sample(FIRST[index] + number, length) for number, length in enumerate(LENGTHS[index])]
 
 
 def publish(folder: Path, index: int, samples: list[StoreSample]) -> None:
-    kept = [
-        Kept(Identity(*found[:4]), dict(zip(StoreSample._fields[4:], found[4:], strict=True)), 0) for found in samples
-    ]
-    write_shard(folder, index, RECORDING, kept)
+    lengths, said = [len(found.input_ids) for found in samples], [int(found.loss_mask.sum()) for found in samples]
+    packed = {name: torch.cat([getattr(found, name) for found in samples]) for name in StoreSample._fields[4:]}
+    of = Index.of([Identity(*found[:4]) for found in samples], lengths, said)
+    publish_shard(folder, index, RECORDING, of, packed, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def go_on(state: str) -> None:
 
 def produce(folder: Path) -> None:
     """What the recorder does."""
-    writer = SpoolWriter(folder, LENGTHS, LIMIT)
+    writer = SpoolWriter(folder, RECORDING, LENGTHS, LIMIT)
     for index in writer.missing():
         writer.wait_for_room(index, go_on)
         remove_temporaries(folder, f"{shard_path(folder, index).stem}.*")
@@ -99,7 +103,8 @@ def consume(folder: Path, manifest: Manifest, checkpoint: Path, every: int) -> N
     seen = json.loads(checkpoint.read_bytes()) if checkpoint.exists() else []
     reader = SpoolReader(folder, manifest, go_on)
     for number in range(len(seen), len(reader)):
-        if number % every == 0 or not reader.available(number):
+        shard = whole_shards(number)
+        if number % every == 0 or not reader.recorded(shard, shard + 1):
             save(checkpoint, seen, reader)
         seen.append(digest(reader[number]))
     save(checkpoint, seen, reader)
@@ -107,7 +112,12 @@ def consume(folder: Path, manifest: Manifest, checkpoint: Path, every: int) -> N
 
 def save(checkpoint: Path, seen: list[str], reader: SpoolReader) -> None:
     write_atomic(checkpoint, json.dumps(seen).encode())
-    reader.acknowledge(reader.whole_shards(len(seen)))
+    reader.acknowledge(whole_shards(len(seen)))
+
+
+def whole_shards(samples: int) -> int:
+    """How many shards the first samples fill to the end."""
+    return bisect_right(FIRST, samples) - 1
 
 
 def start(work: Callable[..., None], *arguments: object, killed_at: int = 0) -> BaseProcess:
@@ -214,7 +224,7 @@ def test_a_slow_consumer_stops_the_producer(tmp_path: Path, manifest: Manifest, 
 
 
 def test_ranks_that_record_out_of_order_never_take_the_room_of_the_shard_that_is_waited_for(tmp_path: Path) -> None:
-    ranks = [SpoolWriter(tmp_path, LENGTHS, LIMIT) for _ in range(2)]
+    ranks = [SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT) for _ in range(2)]
     fast = [index for index in ranks[1].missing() if index % 2]
     for index in fast[:1]:
         ranks[1].wait_for_room(index, go_on)
@@ -230,21 +240,22 @@ def stopping(state: str) -> None:
 
 
 def test_samples_in_any_order_within_the_bound(tmp_path: Path, manifest: Manifest, offline: list[str]) -> None:
-    writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    writer = SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     for index in range(LIMIT):
         publish(tmp_path, index, shard(index))
     reader = SpoolReader(tmp_path, manifest, stopping)
     assert (len(reader), reader.lengths()) == (SAMPLES, [length for lengths in LENGTHS for length in lengths])
     for number in (5, 0, 3, 1, 5, 2, 4):
         assert digest(reader[number]) == offline[number]
-    assert (reader.available(5), reader.available(6)) == (True, False)
+        assert reader.loss_mask(number).equal(reader[number].loss_mask)
+    assert (reader.recorded(1, 3), reader.recorded(2, 4)) == (True, False)
+    assert (reader.shards, reader.samples_of(1, 3), reader.samples_of(6, 9)) == (8, range(2, 6), range(11, 14))
     with pytest.raises(Interrupted, match="shard 3 of 8 is not recorded yet"):
         reader[6]
     for outside in (-1, SAMPLES):
         with pytest.raises(IndexError):
             reader[outside]
-    assert [reader.whole_shards(number) for number in (0, 1, 2, 3, 6, SAMPLES)] == [0, 0, 1, 2, 3, 8]
-    reader.acknowledge(reader.whole_shards(3))
+    reader.acknowledge(2)
     assert consumed(tmp_path) == 2
     assert writer.missing() == [3, 4, 5, 6, 7]
     assert writer.done(0) and writer.done(2) and not writer.done(3)
@@ -253,7 +264,7 @@ def test_samples_in_any_order_within_the_bound(tmp_path: Path, manifest: Manifes
 
 
 def test_a_checkpoint_older_than_the_spool_is_refused(tmp_path: Path, manifest: Manifest) -> None:
-    SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     SpoolReader(tmp_path, manifest, stopping).acknowledge(2)
     complaint = (
         "spool = .*: shard 1 was consumed, as were all before shard 2: .*; go on from that checkpoint, or record"
@@ -263,7 +274,7 @@ def test_a_checkpoint_older_than_the_spool_is_refused(tmp_path: Path, manifest: 
 
 
 def test_what_a_killed_reader_left_is_deleted_before_its_place_is_taken(tmp_path: Path, manifest: Manifest) -> None:
-    writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    writer = SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     for index in range(LIMIT):
         publish(tmp_path, index, shard(index))
     write_atomic(tmp_path / spool.CONSUMED, b'{"shards": 1}')
@@ -275,10 +286,14 @@ def test_what_a_killed_reader_left_is_deleted_before_its_place_is_taken(tmp_path
 
 
 def test_another_plan_is_refused(tmp_path: Path, manifest: Manifest) -> None:
-    SpoolWriter(tmp_path, LENGTHS, LIMIT)
-    SpoolWriter(tmp_path, LENGTHS, LIMIT + 1)
-    with pytest.raises(UserError, match="spool = .*: it was planned for other conversations; delete"):
-        SpoolWriter(tmp_path, LENGTHS[1:], LIMIT)
+    SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
+    SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT + 1)
+    with pytest.raises(UserError, match="spool = .*: it was planned for another recording; delete"):
+        SpoolWriter(tmp_path, RECORDING, LENGTHS[1:], LIMIT)
+    with pytest.raises(UserError, match="spool = .*: it was planned for another recording; delete"):
+        SpoolWriter(tmp_path, "cd" * 32, LENGTHS, LIMIT)
+    with pytest.raises(UserError, match="spool = .*: it belongs to another recording than the held-out store; delete"):
+        SpoolReader(tmp_path, replace(manifest, recording="cd" * 32), stopping)
     publish(tmp_path, 0, shard(1))
     with pytest.raises(UserError, match=r"its samples are not those of plan.json"):
         SpoolReader(tmp_path, manifest, stopping)[0]
@@ -293,7 +308,7 @@ def test_a_long_wait_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spool, "PATIENCE", 0.0)
-    writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    writer = SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     states: list[str] = []
 
     def check(state: str) -> None:
@@ -307,7 +322,7 @@ def test_a_long_wait_is_told(
 
 
 def test_a_shard_is_marked_before_it_is_deleted(tmp_path: Path, manifest: Manifest, crashing) -> None:
-    writer = SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    writer = SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     for moment in range(1, 100):
         publish(tmp_path, 0, shard(0))
         with crashing(moment) as crash:
@@ -320,7 +335,7 @@ def test_a_shard_is_marked_before_it_is_deleted(tmp_path: Path, manifest: Manife
 
 
 def test_what_another_rank_acknowledged_is_let_go(tmp_path: Path, manifest: Manifest) -> None:
-    SpoolWriter(tmp_path, LENGTHS, LIMIT)
+    SpoolWriter(tmp_path, RECORDING, LENGTHS, LIMIT)
     for index in range(LIMIT):
         publish(tmp_path, index, shard(index))
     main, other = (SpoolReader(tmp_path, manifest, stopping) for _ in range(2))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.loader import load
 from eagle3.configs.settings import Settings, TargetSettings
 from eagle3.data import vllm_launch, vllm_recorder, vllm_server
+from eagle3.data.answers import read_answers
+from eagle3.data.conversations import Conversation
+from eagle3.data.dialogue import Dialogue
 from eagle3.data.recorders import States
-from eagle3.data.vllm_launch import launch_command, layer_ids
+from eagle3.data.regenerate import ask
+from eagle3.data.vllm_launch import launch_command, layer_ids, longest_conversation
 from eagle3.data.vllm_recorder import VllmRecorder, spool
 from eagle3.models.target import Target
 from eagle3.models.target_files import TargetEnds, load_ends
@@ -191,7 +196,7 @@ def test_states_of_several_servers_come_in_order_and_leave_no_file(
     slow, fast = serve(), serve()
     slow.delay = 0.05
     asked = sequences(30)
-    same(list(recorder(slow, fast).record(asked)), asked, tiny_target)
+    same(list(recorder(slow, fast).record([asked])), asked, tiny_target)
     assert fast.asked > slow.asked > 0
     assert max(slow.most_at_once, fast.most_at_once) <= 3 < slow.most_at_once + fast.most_at_once
     assert list(folder.iterdir()) == []
@@ -203,7 +208,7 @@ def test_several_threads_share_what_a_server_takes(
     server, asked = serve(), sequences(24)
     shared = recorder(server)
     with ThreadPoolExecutor(4) as threads:
-        parts = list(threads.map(lambda at: list(shared.record(asked[at : at + 6])), range(0, 24, 6)))
+        parts = list(threads.map(lambda at: list(shared.record([asked[at : at + 6]])), range(0, 24, 6)))
     same([states for part in parts for states in part], asked, tiny_target)
     assert server.most_at_once <= 3
     assert list(folder.iterdir()) == []
@@ -213,7 +218,7 @@ def test_it_runs_ahead_of_its_reader_no_further_than_it_says(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], folder: Path
 ) -> None:
     server = serve()
-    states = recorder(server).record(sequences(30))
+    states = recorder(server).record([sequences(30)])
     next(states)
     deadline = time.monotonic() + 30
     while [path.suffix for path in folder.iterdir()] != [".owner"]:  # what was read goes before it is yielded
@@ -236,7 +241,7 @@ def test_what_fails_is_tried_again(
     server = serve()
     server.fail = [failure] * 5
     asked = sequences(8)
-    same(list(recorder(server).record(asked)), asked, tiny_target)
+    same(list(recorder(server).record([asked])), asked, tiny_target)
     assert list(folder.iterdir()) == []
     assert 1 <= capsys.readouterr().err.count(f"record: {server.url}: it ") <= 5
 
@@ -245,7 +250,7 @@ def test_a_server_may_end_and_return(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], tiny_target: Target
 ) -> None:
     first, asked = serve(), sequences(30)
-    states = recorder(first).record(asked)
+    states = recorder(first).record([asked])
     recorded = [next(states) for _ in range(3)]
     first.stop()
     threading.Timer(0.5, serve, (first.port,)).start()
@@ -257,7 +262,7 @@ def test_the_others_take_over_from_one_that_is_gone(
 ) -> None:
     gone, well, asked = serve(), serve(), sequences(10)
     gone.stop()
-    same(list(recorder(gone, well).record(asked)), asked, tiny_target)
+    same(list(recorder(gone, well).record([asked])), asked, tiny_target)
 
 
 def test_it_gives_up_when_no_server_answers(
@@ -265,8 +270,8 @@ def test_it_gives_up_when_no_server_answers(
 ) -> None:
     gone = serve()
     gone.stop()
-    with pytest.raises(UserError, match=rf"{gone.url}: it does not answer \(.*refused.*start it as: vllm serve"):
-        list(recorder(gone, patience_s=0.3).record(sequences(3)))
+    with pytest.raises(UserError, match=rf"{gone.url}: it cannot be reached \(.*refused.*start it as: vllm serve"):
+        list(recorder(gone, patience_s=0.3).record([sequences(3)]))
     assert list(folder.iterdir()) == []
 
 
@@ -328,7 +333,7 @@ def test_a_server_that_is_not_what_is_needed_is_refused(
     server = serve()
     plant(server)
     with pytest.raises(UserError, match=f"record.endpoints = {server.url}: .*{told}"):
-        list(recorder(server).record(sequences(4)))
+        list(recorder(server).record([sequences(4)]))
     assert list(folder.iterdir()) == []
 
 
@@ -336,7 +341,7 @@ def test_longer_sequences_than_a_server_takes_are_told(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder]
 ) -> None:
     with pytest.raises(UserError, match="it takes 63 tokens, and a conversation has 64; start it with a larger"):
-        list(recorder(serve()).record([np.arange(64)]))
+        list(recorder(serve()).record([[np.arange(64)]]))
 
 
 def test_a_folder_that_is_not_the_servers_is_told(
@@ -347,7 +352,7 @@ def test_a_folder_that_is_not_the_servers_is_told(
     server.folder.mkdir()
     told = f"record.states_folder = {folder}: the states that {server.url} says are in /as/the/server/sees/it are not"
     with pytest.raises(UserError, match=told):
-        list(recorder(server).record(sequences(1)))
+        list(recorder(server).record([sequences(1)]))
 
 
 def test_what_a_killed_recorder_left_goes_and_what_a_living_one_needs_stays(folder: Path) -> None:
@@ -370,9 +375,9 @@ def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
         pass
 
 
-def test_the_command_is_that_of_mavericks_recipe() -> None:
-    settings = load("maverick", ["record.server_gpus=8", "target.revision=main"])
-    command = launch_command(settings, (1, 23, 44), 48)
+def test_the_command_is_that_of_mavericks_recipe(tiny_target: Target, tmp_path: Path) -> None:
+    settings = load("maverick", ["record.server_gpus=8", "target.revision=main", f"run.root={tmp_path}"])
+    command = launch_command(settings, (1, 23, 44), 48, tiny_target.text._replace(max_positions=1 << 20))
     assert shlex.split(shlex.join(command)) == command
     assert command[:3] == ["vllm", "serve", "meta-llama/Llama-4-Maverick-17B-128E-Instruct"]
     options = dict(zip(command[3:-6:2], command[4:-6:2], strict=True))
@@ -395,15 +400,49 @@ def test_the_command_is_that_of_mavericks_recipe() -> None:
 
 
 def test_the_command_is_printed_as_a_shell_takes_it(
-    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    tiny_target: Target,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["vllm_launch", "tiny", f"target.path={tiny_folder}"])
+    overrides = [f"target.path={tiny_folder}", f"run.root={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["vllm_launch", "tiny", *overrides])
     assert finish(vllm_launch.main) == 0
-    settings = load("tiny", [f"target.path={tiny_folder}"])
-    assert shlex.split(capsys.readouterr().out) == launch_command(settings, (1, 3, 4), 8)
+    assert shlex.split(capsys.readouterr().out) == launch_command(
+        load("tiny", overrides), (1, 3, 4), 8, tiny_target.text
+    )
     monkeypatch.setattr("sys.argv", ["vllm_launch"])
     assert finish(vllm_launch.main) == 2
 
 
 def test_a_captured_last_layer_is_asked_for_once() -> None:
     assert layer_ids((1, 3, 7), 8) == [2, 4, 8]
+
+
+@pytest.mark.parametrize("follow_ups", [("Why?",), ("Why?", "And " * 30, "Then?")])
+@pytest.mark.parametrize("positions", [60, 110, 1000])
+def test_the_longest_conversation_is_that_of_a_target_that_says_as_much_as_it_may(
+    recipe: Settings, tiny_target: Target, tmp_path: Path, follow_ups: tuple[str, ...], positions: int
+) -> None:
+    settings = replace(recipe, run=replace(recipe.run, root=str(tmp_path), name="talk"))
+    settings = replace(settings, prepare=replace(settings.prepare, max_prompt_tokens=10))
+    asked = Conversation("it", "s", "train", [{"role": "user", "content": "Hello"}], follow_ups)
+    (tmp_path / "talk" / "conversations").mkdir(parents=True)
+    (tmp_path / "talk" / "conversations" / "prompts.jsonl").write_text(json.dumps(asked._asdict()) + "\n")
+    most, text = settings.regenerate.max_new_tokens, tiny_target.text._replace(max_positions=positions)
+    dialogue = Dialogue(ask(settings, [asked], text)[0], text, most)
+    while not dialogue.finish:  # it ends each turn at the last moment, so that it is asked on
+        dialogue.say([*text.tokenizer("so" * most).input_ids[: most - 1], text.tokenizer.eos_token_id], ended=True)
+    longest = longest_conversation(settings, text)
+    assert 10 + most < len(dialogue.ids) <= longest <= positions
+    if positions == 1000:  # the template's end of turn stands there already
+        assert dialogue.finish == "stop" and longest - len(dialogue.ids) == len(follow_ups)
+    options = launch_command(settings, (1, 3, 4), 8, text)
+    assert options[options.index("--max-model-len") + 1] == str(min(longest + 1, positions))
+
+
+def test_of_answers_that_are_there_the_longest_counts(finished: Path, recipe: Settings, tiny_target: Target) -> None:
+    settings = replace(recipe, run=replace(recipe.run, root=str(finished.parent), name=finished.name))
+    lengths = [len(answer.ids) for answer in read_answers(finished / "conversations" / "answers.jsonl")]
+    assert longest_conversation(settings, tiny_target.text) == max(lengths) < 512

@@ -13,7 +13,7 @@ from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
 from eagle3.models.draft import DraftConfig, Eagle3Draft
 from eagle3.models.target import Target
-from eagle3.train.loop import train
+from eagle3.train.stage import train
 
 DRAFT_VOCABULARY = 64
 

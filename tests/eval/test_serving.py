@@ -212,16 +212,17 @@ def test_another_token_is_told_with_its_place(ours: Served, tiny_target: Target)
 
 
 def test_an_engine_that_cannot_be_asked(stub: Stub) -> None:
-    with pytest.raises(
-        UserError, match="--against = ftp://x: it is no address; give the engine's, as http://127.0.0.1"
-    ):
-        connect("ftp://x")
-    with pytest.raises(UserError, match=r"it refuses \(400: .*\); see its log"):
+    for url in ("ftp://x", "http://", "http://x y"):
+        with pytest.raises(UserError, match=f"--against = {url}: it is no address; give the engine's, as http://127"):
+            connect(url)
+    with pytest.raises(UserError, match=r"it says 400: .*; see its log"):
         ask(connect(stub.url), PROMPTS, MOST + 1)
     stub.ids = False
     with pytest.raises(UserError, match="it returns no token ids; serve with a newer version"):
         ask(connect(stub.url), PROMPTS, MOST)
     stub.shutdown()
     stub.server_close()
-    with pytest.raises(UserError, match="it does not answer .*; start the engine first, as the head's README.md says"):
+    with pytest.raises(
+        UserError, match="it cannot be reached .*refused.*; start the engine first, as the head's README.md says"
+    ):
         connect(stub.url)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,18 @@ import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.models.checkpoint import load_draft, save_draft
-from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.draft import Eagle3Draft
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig
 
-CONFIG = DraftConfig(
-    hidden_size=12,
-    intermediate_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    vocab_size=17,
-    draft_vocab_size=5,
-    target_layers=(1, 23, 44),
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_positions=4096,
-)
-DRAFT_IDS = [0, 3, 4, 11, 16]
+from . import conftest
+from .conftest import DRAFT_IDS, NARROW
+
+random_draft = partial(conftest.random_draft, NARROW)
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 HEAD = "take the folder of a trained head, such as runs/<name>/draft"
 OFFSETS = "write d2t as offsets: target id - draft id"
-
-
-def random_draft(**changes: Any) -> Eagle3Draft:
-    torch.manual_seed(0)
-    config = replace(CONFIG, **changes)
-    mapped = config.draft_vocab_size < config.vocab_size
-    draft = Eagle3Draft(config, torch.tensor(DRAFT_IDS) if mapped else None)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.normal_()
-    return draft
 
 
 @pytest.fixture
@@ -99,7 +78,7 @@ def test_tensors_are_those_that_engines_load(tmp_path: Path, dtype: torch.dtype)
         "t2d": (torch.bool, (17,)),
     }
     assert tensors["d2t"].tolist() == [0, 2, 2, 8, 12]
-    assert tensors["t2d"].nonzero()[:, 0].tolist() == DRAFT_IDS
+    assert tensors["t2d"].nonzero()[:, 0].tolist() == DRAFT_IDS.tolist()
 
 
 def test_a_whole_vocabulary_needs_no_map(tmp_path: Path) -> None:
@@ -395,7 +374,7 @@ def test_absolute_ids_within_the_vocabulary_are_refused(tmp_path: Path) -> None:
     """A d2t of absolute ids leads to ids that may exist; t2d gives it away."""
     torch.manual_seed(0)
     ids = torch.tensor([0, 1, 3, 5, 7])
-    save_draft(Eagle3Draft(CONFIG, ids), tmp_path, torch.float32)
+    save_draft(Eagle3Draft(NARROW, ids), tmp_path, torch.float32)
     path = tmp_path / "model.safetensors"
     save_file(load_file(path) | {"d2t": ids}, path)
     assert refusal(tmp_path, "model.safetensors").endswith(f"in ascending order; {OFFSETS}")

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from eagle3.models.draft import DraftConfig, Eagle3Draft, RMSNorm, rotation_table
+from eagle3.models.draft import Eagle3Draft, RMSNorm, rotation_table
 
-CONFIG = DraftConfig(
-    hidden_size=12,
-    intermediate_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    vocab_size=17,
-    draft_vocab_size=9,
-    target_layers=(1, 3, 5),
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_positions=4096,
-)
-DRAFT_IDS = torch.tensor([0, 2, 3, 5, 8, 9, 11, 15, 16])
+from . import conftest
+from .conftest import DRAFT_IDS, NARROW
+
+CONFIG = replace(NARROW, rope_theta=10000.0)
 
 
-def random_draft(**changes: object) -> Eagle3Draft:
+def random_draft(**changes: Any) -> Eagle3Draft:
     """A head in float64, with norms that are not all ones."""
-    torch.manual_seed(0)
-    config = replace(CONFIG, **changes)
-    draft = Eagle3Draft(config, DRAFT_IDS if config.draft_vocab_size < config.vocab_size else None).double()
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    return draft
+    return conftest.random_draft(CONFIG, scale=0.5, **changes).double()
 
 
 def test_tensors_have_the_names_and_shapes_that_engines_load() -> None:
@@ -51,20 +36,20 @@ def test_tensors_have_the_names_and_shapes_that_engines_load() -> None:
         "midlayer.input_layernorm.weight": (12,),
         "midlayer.post_attention_layernorm.weight": (12,),
         "norm.weight": (12,),
-        "lm_head.weight": (9, 12),
+        "lm_head.weight": (5, 12),
         "fc_norm.0.weight": (12,),
         "fc_norm.1.weight": (12,),
         "fc_norm.2.weight": (12,),
-        "d2t": (9,),
+        "d2t": (5,),
         "t2d": (17,),
     }
 
 
 def test_d2t_is_an_offset_and_absent_where_vocabularies_are_equal() -> None:
     draft = random_draft()
-    assert draft.d2t.dtype == torch.int64 and draft.d2t.tolist() == [0, 1, 1, 2, 4, 4, 5, 8, 8]
+    assert draft.d2t.dtype == torch.int64 and draft.d2t.tolist() == [0, 2, 2, 8, 12]
     assert draft.t2d.nonzero()[:, 0].tolist() == DRAFT_IDS.tolist() == draft.draft_ids.tolist()
-    assert draft.target_ids(torch.tensor([[0, 8], [4, 1]])).tolist() == [[0, 16], [8, 2]]
+    assert draft.target_ids(torch.tensor([[0, 4], [2, 1]])).tolist() == [[0, 16], [4, 3]]
     whole = random_draft(draft_vocab_size=17)
     assert not {"d2t", "t2d"} & whole.state_dict().keys()
     assert whole.target_ids(torch.tensor([3, 16])).tolist() == [3, 16]
@@ -73,7 +58,7 @@ def test_d2t_is_an_offset_and_absent_where_vocabularies_are_equal() -> None:
 
 @pytest.mark.parametrize("ids", [None, DRAFT_IDS[:-1]])
 def test_a_vocabulary_of_another_size_is_refused(ids: torch.Tensor | None) -> None:
-    with pytest.raises(ValueError, match="draft vocabulary of 9"):
+    with pytest.raises(ValueError, match="draft vocabulary of 5"):
         Eagle3Draft(CONFIG, ids)
 
 

@@ -3,45 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from eagle3.configs.errors import UserError
-from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.draft import Eagle3Draft
 from eagle3.models.engines import Files, read_files
 from eagle3.models.formats import FORMATS, Origin, check, write
 from torch import Tensor
 
-CONFIG = DraftConfig(
-    hidden_size=24,
-    intermediate_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    vocab_size=17,
-    draft_vocab_size=5,
-    target_layers=(1, 23, 44),
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_positions=4096,
-)
+from .conftest import random_draft
+
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 TARGET = {"name": "maverick", "revision": None, "weights_sha256": "ab", "num_layers": 48, "dtype": "bfloat16"}
 ORIGIN = Origin(TARGET, {"step": 10}, 3)
-
-
-def random_draft(**changes: Any) -> Eagle3Draft:
-    torch.manual_seed(0)
-    config = replace(CONFIG, **changes)
-    mapped = config.draft_vocab_size < config.vocab_size
-    draft = Eagle3Draft(config, torch.tensor([0, 3, 4, 11, 16]) if mapped else None)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.normal_()
-    return draft
 
 
 def written(name: str, draft: Eagle3Draft) -> Files:

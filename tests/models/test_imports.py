@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
-from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.draft import Eagle3Draft
 from eagle3.models.engines import Files, read_files
 from eagle3.models.formats import FORMATS, Origin, write
 from eagle3.models.imports import CONVENTIONS, take
@@ -20,21 +18,9 @@ from eagle3.models.target_files import TargetFiles
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .conftest import DRAFT_IDS, random_draft
+
 HERE = Path("heads/theirs")
-SHAPE = DraftConfig(
-    hidden_size=24,
-    intermediate_size=20,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    vocab_size=17,
-    draft_vocab_size=5,
-    target_layers=(1, 23, 44),
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_positions=4096,
-)
-IDS = torch.tensor([0, 3, 4, 11, 16])
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(folder: Path) -> TargetFiles:
     return TargetFiles(TargetSettings(path=str(folder)))
-
-
-def random_draft(**changes: Any) -> Eagle3Draft:
-    torch.manual_seed(0)
-    config = replace(SHAPE, **changes)
-    draft = Eagle3Draft(config, IDS if config.draft_vocab_size < config.vocab_size else None)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.normal_()
-    return draft
 
 
 def written(name: str, draft: Eagle3Draft) -> Files:
@@ -182,7 +158,7 @@ def test_one_list_of_layers_means_something_else_to_every_engine(target: TargetF
 def test_rows_of_another_order_are_sorted(target: TargetFiles) -> None:
     draft, order = random_draft(), torch.tensor([3, 0, 4, 2, 1])
     files = written("vllm", draft)
-    files.tensors["d2t"] = IDS[order] - torch.arange(5)
+    files.tensors["d2t"] = DRAFT_IDS[order] - torch.arange(5)
     files.tensors["lm_head.weight"] = files.tensors["lm_head.weight"][order]
     assert same(take("vllm", HERE, files, target).draft, draft)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from eagle3.configs.settings import TargetSettings
 from eagle3.data.recorders import TransformersRecorder
-from eagle3.models.shapes import read_shape
 from eagle3.models.target import load_target, load_text
-from eagle3.models.target_files import load_ends
+from eagle3.models.target_files import load_ends, read_shape
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
@@ -114,7 +113,7 @@ def test_features_are_those_of_the_language_model(saved: tuple[PreTrainedModel, 
     states, logits = text_states(whole, ids)
     # Shorter than the other, so that it is padded: alone and together a row has the same states.
     rows = [ids[0].numpy().astype(np.int32), ids[1, :27].numpy().astype(np.int32)]
-    for row, found in enumerate(TransformersRecorder(target).record(rows)):
+    for row, found in enumerate(TransformersRecorder(target).record([rows])):
         length = len(rows[row])
         for index, layer in enumerate(target.info.layers):
             torch.testing.assert_close(found.features[:, index], states[layer + 1][row, :length], **CLOSE)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.draft import Eagle3Draft
 from eagle3.models.rollout import AttendPast, RolloutBatch, rollout, supervised
 
-H, V, F, K = 12, 17, 3, 4
+from . import conftest
+from .conftest import NARROW
+
+H, V, F, K = NARROW.hidden_size, NARROW.vocab_size, 3, 4
 
 
 def random_draft(fc_norm: bool = False, norm_output: bool = False) -> Eagle3Draft:
-    torch.manual_seed(0)
-    config = DraftConfig(H, 20, 4, 2, 6, V, 9, (1, 3, 5), 1e-5, 100.0, 64, fc_norm, norm_output)
-    draft = Eagle3Draft(config, torch.tensor([0, 2, 3, 5, 8, 9, 11, 15, 16])).double()
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.5)
-    return draft
+    flags = {"fc_norm": fc_norm, "norm_output": norm_output}
+    return conftest.random_draft(NARROW, scale=0.5, rope_theta=100.0, **flags).double()
 
 
 def batch_of(masks: list[str]) -> RolloutBatch:

@@ -6,25 +6,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eagle3.models.draft import DraftConfig, Eagle3Draft, rotation_table
+from eagle3.models.draft import Eagle3Draft, rotation_table
 from eagle3.models.rollout import RolloutBatch, rollout
 from eagle3.models.start import SELF_SCORE, begin, feature_scale
 from eagle3.models.target_info import TargetHead
 from torch import Tensor
 
+from . import conftest
+
 HIDDEN, TOKENS = 128, 300
-CONFIG = DraftConfig(
+CONFIG = replace(
+    conftest.CONFIG,
     hidden_size=HIDDEN,
     intermediate_size=64,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=64,
     vocab_size=200,
     draft_vocab_size=200,
-    target_layers=(1, 3, 5),
-    rms_norm_eps=1e-5,
     rope_theta=1e6,
-    max_positions=4096,
 )
 
 

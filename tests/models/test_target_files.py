@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,28 @@ import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
 from eagle3.models.target import Target, load_target
-from eagle3.models.target_files import TargetFiles, layers_of, load_ends
+from eagle3.models.target_files import INDEX, TargetFiles, layers_of, load_ends, read_shape
 from eagle3.models.target_info import find_decoder
 from safetensors.torch import load_file, save_file
-from transformers import Llama4Config, Llama4TextConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+
+def nested(folder: Path, **values: int) -> Path:
+    """A multimodal Llama-4's configuration without any weights."""
+    text = Llama4TextConfig(
+        vocab_size=500, hidden_size=32, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=32, intermediate_size_mlp=64, num_local_experts=4, **values,
+    )  # fmt: skip
+    Llama4Config(text_config=text.to_dict()).save_pretrained(folder)
+    return folder
 
 
 def same(settings: TargetSettings, target: Target) -> None:
@@ -102,3 +121,56 @@ def test_layers_that_the_target_has_not_are_told(tiny_folder: Path) -> None:
     assert json.loads((tiny_folder / "config.json").read_text())["num_hidden_layers"] == 8
     with pytest.raises(UserError, match=r"target.layers = \[1, 8\]: the target has 8 layers"):
         layers_of(TargetSettings(path=str(tiny_folder), layers=(1, 8)))
+
+
+# The shape.
+
+
+def test_the_shape_is_that_of_the_loaded_target(tiny_folder: Path, tiny_target: Target) -> None:
+    shape = read_shape(TargetSettings(path=str(tiny_folder)))
+    said, loaded = asdict(shape), asdict(tiny_target.info)
+    common = said.keys() & loaded.keys()
+    assert len(common) == 11
+    assert {key: said[key] for key in common} == {key: loaded[key] for key in common}
+    assert (shape.num_layers, shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim) == (
+        8,
+        32,
+        4,
+        2,
+        8,
+    )
+    assert (shape.layers, shape.rope_theta, shape.rms_norm_eps, shape.max_positions) == ((1, 3, 4), 1e4, 1e-5, 512)
+    assert shape.parameters == sum(parameter.numel() for parameter in tiny_target.model.parameters())
+    assert shape.counted == "its weights"
+
+
+def test_of_a_multimodal_model_the_language_model_counts(tmp_path: Path) -> None:
+    shape = read_shape(TargetSettings(path=str(nested(tmp_path))))
+    assert (shape.num_layers, shape.hidden_size, shape.vocab_size) == (8, 32, 500)
+    assert (shape.layers, shape.head_dim, shape.rope_theta) == ((1, 3, 4), 8, 500000.0)
+    config = Llama4TextConfig(**json.loads((tmp_path / "config.json").read_text())["text_config"])
+    model = AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.counted == "its configuration"
+    assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_an_index_of_the_weights_is_believed(tmp_path: Path) -> None:
+    nested(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_parameters": 123}, "weight_map": {}}))
+    shape = read_shape(TargetSettings(path=str(tmp_path)))
+    assert (shape.parameters, shape.counted) == (123, "the index of its weights")
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 246}, "weight_map": {}}))
+    assert read_shape(TargetSettings(path=str(tmp_path))).counted == "its configuration"
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"path": "./nowhere"}, "target.path = ./nowhere: "),
+        ({"layers": (1, 9)}, r"target.layers = \[1, 9\]: the target has 8 layers"),
+    ],
+)
+def test_a_target_that_is_not_there_or_not_so_deep(tmp_path: Path, settings: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        read_shape(TargetSettings(**{"path": str(nested(tmp_path))} | settings))

@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,50 @@ CHAIN = 5
 START_S = 300
 AT_ONCE = 2  # engines that start together: a core each
 
+
+class Engine:
+    """A vLLM with the target that ships, on a port of its own; it may be killed and started again."""
+
+    def __init__(self, log: Path, options: Sequence[str]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._address = probe.getsockname()
+        self.url, self._log = f"http://127.0.0.1:{self._address[1]}", log
+        self._command = [
+            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(TARGET), "--host", "127.0.0.1",
+            "--port", str(self._address[1]), "--enforce-eager", "--gpu-memory-utilization", "0.3", *options,
+        ]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        """Returns before it answers."""
+        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        with self._log.open("ab") as file:
+            self._process = subprocess.Popen(
+                self._command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True
+            )
+
+    def kill(self) -> None:
+        """As the system does that runs out of memory."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def connected(self) -> LiveEngine:
+        """Wait until it answers."""
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex(self._address) == 0:
+                    return connect(self.url)
+            time.sleep(0.5)
+        raise RuntimeError(f"vLLM did not start:\n{self.log()}")
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
+
+Start = Callable[[str, Sequence[str]], Engine]
 Serve = Callable[..., "Future[LiveEngine]"]
 
 
@@ -60,41 +105,30 @@ def prompts(run: Path, target: Target) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """``serve("name", option=value)``: a vLLM that starts in the background; all are stopped when the module ends."""
-    logs, servers = tmp_path_factory.mktemp("logs"), list[subprocess.Popen[bytes]]()
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """``start("name", ["--option", "value"])``: a vLLM, which is killed when the module ends."""
+    logs, engines = tmp_path_factory.mktemp("logs"), list[Engine]()
 
-    def start(name: str, options: dict[str, Any]) -> LiveEngine:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(TARGET), "--host", "127.0.0.1",
-            "--port", str(port), "--enforce-eager", "--gpu-memory-utilization", "0.4", "--dtype", "float32",
-            "--max-model-len", "1024",
-        ]  # fmt: skip
+    def started(name: str, options: Sequence[str]) -> Engine:
+        engines.append(Engine(logs / f"{name}.log", options))
+        return engines[-1]
+
+    yield started
+    for engine in engines:
+        engine.kill()
+        print(engine.log())
+
+
+@pytest.fixture(scope="module")
+def serve(start: Start) -> Iterator[Serve]:
+    """``serve("name", option=value)``: one in float32 that starts in the background, until it answers."""
+
+    def served(name: str, options: dict[str, Any]) -> LiveEngine:
+        command = ["--dtype", "float32", "--max-model-len", "1024"]
         for option, value in options.items():
             command += [f"--{option.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
-        log = logs / f"{name}.log"
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        with log.open("wb") as file:
-            server = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        servers.append(server)
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and server.poll() is None:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return connect(f"http://127.0.0.1:{port}")
-            time.sleep(0.5)
-        raise RuntimeError(f"vLLM did not start:\n{log.read_text(errors='replace')[-4000:]}")
+        return start(name, command).connected()
 
-    with ThreadPoolExecutor(AT_ONCE) as starting:
-        try:
-            yield lambda name, **options: starting.submit(start, name, options)
-        finally:
-            starting.shutdown(wait=False, cancel_futures=True)
-            for server in servers:
-                os.killpg(server.pid, signal.SIGKILL)  # it holds nothing that must be saved
-                server.wait()
+    starting = ThreadPoolExecutor(AT_ONCE)
+    yield lambda name, **options: starting.submit(served, name, options)
+    starting.shutdown(wait=False, cancel_futures=True)  # nobody waits for one that is about to be killed

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from eagle3.cli import main
 from eagle3.data.answers import Answer, read_answers
 
+from .conftest import Serve
+
 pytestmark = pytest.mark.serving
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-serving" / "bin" / "python"
 CHANGES = ["prepare.train=8", "prepare.validation=4", "prepare.test=4", "regenerate.max_new_tokens=64"]
-START_S = 240
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(serve: Serve) -> str:
     """vLLM with the target that ships."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "models" / "embedded"),
-        "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--gpu-memory-utilization", "0.4",
-        "--dtype", "float32", "--max-model-len", "1024",
-    ]  # fmt: skip
-    log = tmp_path_factory.mktemp("logs") / "vllm.log"
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("wb") as file:
-        server = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + START_S
-        while not _listening(port):
-            if time.monotonic() > deadline or server.poll() is not None:
-                pytest.fail(f"vLLM did not start:\n{log.read_text(errors='replace')[-4000:]}")
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # it holds nothing that must be saved
-        server.wait()
-
-
-def _listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    return serve("target").result().url
 
 
 def answers(folder: Path, *changes: str) -> dict[str, Answer]:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
 import textwrap
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -34,65 +29,39 @@ from eagle3.models.target_files import layers_of, load_ends
 from eagle3.models.target_info import find_decoder
 from torch import Tensor
 
+from .conftest import TARGET, Engine, Start
+
 pytestmark = pytest.mark.serving
 
-ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-serving" / "bin" / "python"
 CONVERSATIONS = 32
 MOST = 620  # tokens of a prompt
 PATIENCE_S = 150.0  # for an engine that is starting
 RELATIVE = 1e-4  # of a token's state in one layer: |theirs - ours| / |ours|, both norms over the width
 
 
-class Engine:
-    """vLLM as a recipe's own command starts it, with what a CPU needs."""
+class Server(NamedTuple):
+    """An engine that a recipe's own command has started, with what a CPU needs, and the recipe."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        record = replace(settings.record, endpoints=(f"http://127.0.0.1:{port}",), states_folder=str(folder / "states"))
-        self.settings = replace(settings, record=record)
-        self._log = folder / "vllm.log"
-        _, _, model, *options, handover = launch_command(self.settings, *layers_of(settings.target))
-        connector = {"kv_connector": "CpuHiddenStatesConnector", "kv_connector_module_path": "cpu_connector"}
-        self._command = [
-            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options,
-            json.dumps(json.loads(handover) | connector),
-            "--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--gpu-memory-utilization", "0.3",
-        ]  # fmt: skip
-        self.start()
-
-    def start(self) -> None:
-        """Returns before it answers; the recorder is patient."""
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        with self._log.open("ab") as file:
-            self._process = subprocess.Popen(
-                self._command, stdout=file, stderr=file, env=os.environ | settings, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        """As the system does that runs out of memory."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")[-4000:]
+    engine: Engine
+    settings: Settings
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
+def servers(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Server]:
     """One in float32, and one in bfloat16 that captures every layer; they start at the same time."""
-    tiny = load("tiny", [f"record.patience_s={PATIENCE_S}", "record.in_flight=4", "prepare.max_prompt_tokens=640"])
+    chosen = [f"record.patience_s={PATIENCE_S}", "record.in_flight=4", "prepare.max_prompt_tokens=640", "run.name=none"]
+    tiny = load("tiny", chosen)
     targets = {"float32": TargetSettings(), "bfloat16": TargetSettings(dtype="bfloat16", layers=tuple(range(16)))}
-    started = {
-        name: Engine(replace(tiny, target=target), tmp_path_factory.mktemp(name)) for name, target in targets.items()
-    }
-    yield started
-    for engine in started.values():
-        engine.kill()
-        print(engine.log())
+    connector = {"kv_connector": "CpuHiddenStatesConnector", "kv_connector_module_path": "cpu_connector"}
+    started = {}
+    for name, target in targets.items():
+        record = replace(tiny.record, states_folder=str(tmp_path_factory.mktemp(name) / "states"))
+        settings = replace(tiny, target=target, record=record)
+        _, _, model, *options, handover = launch_command(settings, *layers_of(target))
+        assert Path(model).samefile(TARGET)
+        engine = start(name, [*options, json.dumps(json.loads(handover) | connector)])
+        started[name] = Server(engine, replace(settings, record=replace(record, endpoints=(engine.url,))))
+    return started
 
 
 @pytest.fixture(scope="module")
@@ -125,21 +94,21 @@ def errors(states: States, output: TargetOutput) -> Tensor:
 
 
 def test_float32_is_transformers_although_the_server_is_killed_and_restarted(
-    engines: dict[str, Engine],
+    servers: dict[str, Server],
     target: Target,
     conversations: list[tuple[np.ndarray, int]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    engine = engines["float32"]
-    recorder = VllmRecorder(engine.settings, load_ends(engine.settings.target))
-    recording = recorder.record([ids for ids, _ in conversations])
+    engine, settings = servers["float32"]
+    recorder = VllmRecorder(settings, load_ends(settings.target))
+    recording = recorder.record([[ids for ids, _ in conversations]])
     recorded = [next(recording) for _ in range(6)]
     capsys.readouterr()  # it waited while the server started, and said so
     engine.kill()
     engine.start()
     recorded += recording
-    assert f"record: {engine.settings.record.endpoints[0]}: it " in capsys.readouterr().err
-    assert list(Path(engine.settings.record.states_folder).iterdir()) == []
+    assert f"record: {engine.url}: it " in capsys.readouterr().err
+    assert list(Path(settings.record.states_folder).iterdir()) == []
     worst = 0.0
     for states, (ids, answer) in zip(recorded, conversations, strict=True):
         assert states.features.dtype == states.last_hidden.dtype == torch.float32
@@ -151,21 +120,21 @@ def test_float32_is_transformers_although_the_server_is_killed_and_restarted(
     assert worst < RELATIVE
 
 
-def test_another_recipe_is_refused(engines: dict[str, Engine], conversations: list[tuple[np.ndarray, int]]) -> None:
+def test_another_recipe_is_refused(servers: dict[str, Server], conversations: list[tuple[np.ndarray, int]]) -> None:
     """The layers were changed after the server was started: it would record the wrong ones without a word."""
-    settings = engines["float32"].settings
+    settings = servers["float32"].settings
     other = replace(settings, target=replace(settings.target, layers=(1, 8, 12)))
     recorder = VllmRecorder(other, load_ends(other.target))
     with pytest.raises(UserError, match="it serves embedded@2-8-13-16 and not embedded@2-9-13-16; start it as: vllm"):
-        list(recorder.record([conversations[0][0]]))
+        list(recorder.record([[conversations[0][0]]]))
 
 
 def test_bfloat16_is_transformers_up_to_rounding_and_the_router_flips_that_come_of_it(
-    engines: dict[str, Engine], conversations: list[tuple[np.ndarray, int]]
+    servers: dict[str, Server], conversations: list[tuple[np.ndarray, int]]
 ) -> None:
-    settings = engines["bfloat16"].settings
+    settings = servers["bfloat16"].settings
     target = load_target(settings.target)
-    recorded = list(VllmRecorder(settings, load_ends(settings.target)).record([ids for ids, _ in conversations]))
+    recorded = list(VllmRecorder(settings, load_ends(settings.target)).record([[ids for ids, _ in conversations]]))
     differences, flips, choices = list[Tensor](), 0, 0
     for states, (ids, _) in zip(recorded, conversations, strict=True):
         ours, output = routed(target, ids)

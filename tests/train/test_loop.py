@@ -5,25 +5,37 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.settings import Settings
 from eagle3.data.files import file_sha256
+from eagle3.data.shards import StoreSample
 from eagle3.data.store import Store
 from eagle3.models.checkpoint import load_draft, save_draft
 from eagle3.models.draft import Eagle3Draft
-from eagle3.train import checkpoint, loop
+from eagle3.models.rollout import RolloutBatch
+from eagle3.train import batches, checkpoint, loop, stage
+from eagle3.train.batches import Schedule
+from eagle3.train.feed import Planned
+from eagle3.train.samples import Pass, Recorded, Samples
+from eagle3.train.stage import train
 from eagle3.train.validate import Tally, validation_parts
+from safetensors.torch import save_file
 
-TIMING = {"tokens_per_s"}
+TIMING = {"seconds", "tokens_per_s", "tflop_per_s", "waited"}
 
 
 def lines_of(run_dir: Path) -> list[dict]:
@@ -39,7 +51,7 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 def trained(short: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained without an interruption."""
     run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("trained") / "run"))
-    loop.train(short, run_dir)
+    train(short, run_dir)
     return run_dir
 
 
@@ -50,10 +62,10 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def stop_at(step: int) -> None:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
-            if batch.step == step:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+            if planned.batch.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return take(trainer, batch)
+            return take(trainer, planned, parts)
 
         monkeypatch.setattr(loop.Trainer, "_step", stepping)
 
@@ -81,6 +93,19 @@ def test_it_learns_and_keeps_the_best_head(short: Settings, trained: Path) -> No
     assert noted["eagle3_target"]["weights_sha256"] == store.manifest.target["weights_sha256"]
 
 
+def test_a_run_says_how_fast_it_is(short: Settings, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(short, run_dir)
+    said = capsys.readouterr()
+    assert re.search(
+        r"^15 steps in 0:\d\d, validation apart: [\d,]+ tokens/s, 0\.\d\d TFLOP/s, waiting for data \d+%$",
+        said.out,
+        re.M,
+    )
+    assert re.search(r"^train 15/15, loss [\d.]+, accuracy .*, AL 1\.\d\d, .*, 0:00 left$", said.err, re.M)
+    steps = [line for line in map(json.loads, (run_dir / "train" / "metrics.jsonl").open()) if "loss" in line]
+    assert all(line["tflop_per_s"] > 0 and 0 <= line["waited"] <= 1 and "mfu" not in line for line in steps)
+
+
 def test_only_the_newest_checkpoints_stay(short: Settings, trained: Path) -> None:
     kept = checkpoint.checkpoints(trained / "train" / "checkpoints")
     last = json.loads((trained / "train" / "done.json").read_text())["steps"]
@@ -90,7 +115,7 @@ def test_only_the_newest_checkpoints_stay(short: Settings, trained: Path) -> Non
 
 def test_a_trained_run_is_left_alone(short: Settings, trained: Path) -> None:
     before = (trained / "train" / "metrics.jsonl").stat().st_mtime_ns
-    loop.train(short, trained)
+    train(short, trained)
     assert (trained / "train" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -100,9 +125,9 @@ def test_a_stopped_run_goes_on_to_the_same_head(
 ) -> None:
     stopping(step)
     with pytest.raises(Interrupted, match=f"step {step} of .* is saved; resume with: eagle3 train .*config.yaml"):
-        loop.train(short, run_dir)
+        train(short, run_dir)
     stopping(-1)
-    loop.train(short, run_dir)
+    train(short, run_dir)
     assert lines_of(run_dir) == lines_of(trained)
     assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
@@ -114,28 +139,106 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patch:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, batch: loop.Batch) -> dict:
-            if batch.step == 7:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+            if planned.batch.step == 7:
                 raise KeyboardInterrupt
-            return take(trainer, batch)
+            return take(trainer, planned, parts)
 
         patch.setattr(loop.Trainer, "_step", stepping)
         with pytest.raises(KeyboardInterrupt):
-            loop.train(short, run_dir)
+            train(short, run_dir)
     with (run_dir / "train" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 7, "lo')
-    loop.train(short, run_dir)
+    train(short, run_dir)
     assert lines_of(run_dir) == lines_of(trained)
     assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
 
-def test_accumulated_micro_batches_are_the_batch(short: Settings, trained: Path, run_dir: Path) -> None:
-    """Three micro-batches, of which the last of an epoch may be empty."""
-    loop.train(replace(short, train=replace(short.train, accumulation=3)), run_dir)
-    for ours, whole in zip(lines_of(run_dir), lines_of(trained), strict=True):
-        if "loss" in whole:
-            assert ours["loss"] == pytest.approx(whole["loss"], rel=1e-3)
-            assert ours["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(short: Settings, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, once in every seven steps."""
+    longer = replace(short, train=replace(short.train, epochs=15, keep_checkpoints=1))
+    undisturbed, killed = (Path(shutil.copytree(finished, tmp_path / name)) for name in ("undisturbed", "killed"))
+    train(longer, undisturbed)
+    random, fork = Random(0), multiprocessing.get_context("fork")
+    for number in range(11):
+        process = fork.Process(target=train, args=(longer, killed))
+        process.start()
+        if number < 10:
+            wait_for_step(killed, 7 * number + random.randint(1, 7), process)
+            time.sleep(0.02 * random.random())
+            process.kill()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if number < 10 else 0)
+    assert lines_of(killed) == lines_of(undisturbed)
+    assert all(torch.equal(tensor, weights_of(undisturbed)[name]) for name, tensor in weights_of(killed).items())
+
+
+def wait_for_step(run_dir: Path, step: int, process: BaseProcess) -> None:
+    log = run_dir / "train" / "metrics.jsonl"
+    while process.is_alive() and not (log.exists() and f'"step": {step},' in log.read_text()):
+        time.sleep(0.001)
+
+
+def test_eight_micro_batches_are_the_batch(short: Settings, finished: Path, tmp_path: Path) -> None:
+    """Of 8, the last of a small batch may be empty."""
+    found = []
+    for accumulation in (1, 8):
+        run_dir = Path(shutil.copytree(finished, tmp_path / str(accumulation)))
+        chosen = replace(short.train, accumulation=accumulation, batch_tokens=400, epochs=2, learning_rate=1e-3)
+        train(replace(short, train=chosen), run_dir)
+        found.append([line for line in lines_of(run_dir) if "loss" in line])
+    for eight, one in zip(*reversed(found), strict=True):
+        assert eight["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert eight["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+class Silent:
+    """A store's training samples, of which the first batch's have no answer."""
+
+    def __init__(self, samples: Samples, silent: tuple[int, ...]) -> None:
+        self._samples, self._silent = samples, silent
+        self.lengths, self.passes, self.ready, self.covered = (
+            samples.lengths,
+            samples.passes,
+            samples.ready,
+            samples.covered,
+        )
+
+    def loss_mask(self, index: int) -> torch.Tensor:
+        mask = self._samples.loss_mask(index)
+        return torch.zeros_like(mask) if index in self._silent else mask
+
+    def __getitem__(self, index: int) -> StoreSample:
+        return self._samples[index]._replace(loss_mask=self.loss_mask(index))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_batch_of_prompts_alone_teaches_nothing(
+    short: Settings, run_dir: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    chosen = replace(short.train, epochs=1, accumulation=accumulation)
+    schedule = Schedule(
+        [Pass(0, Store(run_dir / "store").indices("train"))], Store(run_dir / "store").lengths(), 200, 3
+    )
+    silent = next(schedule.from_step(0)).samples
+    monkeypatch.setattr(stage, "Recorded", lambda *given: Silent(Recorded(*given), silent))
+    before: dict[str, torch.Tensor] = {}
+
+    def stepped(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+        if planned.batch.step == 1:
+            before.update({name: tensor.clone() for name, tensor in trainer.module.state_dict().items()})
+        line = take(trainer, planned, parts)
+        if planned.batch.step == 1:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.module.state_dict().items())
+        return line
+
+    take = loop.Trainer._step
+    monkeypatch.setattr(loop.Trainer, "_step", stepped)
+    train(replace(short, train=chosen), run_dir)
+    first, *others = [line for line in lines_of(run_dir) if "loss" in line]
+    assert before and (first["loss"], first["grad_norm"], set(first["accuracy"])) == (0.0, 0.0, {0.0})
+    assert all(line["loss"] > 0 for line in others)
 
 
 def test_a_loss_that_is_not_finite_names_step_and_samples(
@@ -147,8 +250,75 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(
 
     forward = loop.TrainingTimeTest.forward
     monkeypatch.setattr(loop.TrainingTimeTest, "forward", losing)
-    with pytest.raises(Incomplete, match=r"the loss of step 1 is nan; its batch begins with train-\d+"):
-        loop.train(short, run_dir)
+    said = r"the loss of step 1 is nan; its samples are train-\d+, .*; there is no checkpoint yet; lower"
+    with pytest.raises(Incomplete, match=said):
+        train(short, run_dir)
+
+
+@pytest.mark.parametrize(("split", "early"), [("train", True), ("train", False), ("validation", True)])
+def test_a_damaged_sample_is_named(
+    short: Settings, run_dir: Path, split: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a shard has it whose flipped bits nobody looked for."""
+    store = Store(run_dir / "store")
+    sample = store[store.indices(split)[2]]
+    shard = next(
+        path for path in (run_dir / "store").glob("shard-*.safetensors") if sample.id.encode() in path.read_bytes()
+    )
+    state = sample.features[len(sample.input_ids) - 3, 1].contiguous().view(torch.uint8).numpy().tobytes()
+    content = shard.read_bytes()
+    assert content.count(state) == 1
+    shard.write_bytes(content.replace(state, b"\xc0\x7f" + state[2:]))
+    if not early:  # nor did the first samples, after which the head's weights are scaled, hold it
+        monkeypatch.setattr(batches, "check_finite", lambda sample: None)
+        monkeypatch.setattr(loop, "begin", lambda *inputs: None)
+    with pytest.raises(UserError, match=f"store = sample {sample.id}: it has states that are not finite; find its"):
+        train(short, run_dir)
+
+
+def test_a_head_that_gets_no_better_ends_the_run(short: Settings, run_dir: Path) -> None:
+    """The run goes no further when it is started again either."""
+    stubborn = replace(short, train=replace(short.train, learning_rate=1e-12, epochs=20, patience=2))
+    train(stubborn, run_dir)
+    done = json.loads((run_dir / "train" / "done.json").read_text())
+    assert (done["step"], done["steps"]) == (0, 2 * short.train.validate_every)
+    (run_dir / "train" / "done.json").unlink()
+    train(stubborn, run_dir)
+    assert json.loads((run_dir / "train" / "done.json").read_text()) == done
+
+
+def test_a_run_killed_behind_its_last_checkpoint_is_done(short: Settings, trained: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run_dir / "train" / "done.json").unlink()
+    train(short, run_dir)
+    for name in ("done.json", "metrics.jsonl"):
+        assert (run_dir / "train" / name).read_bytes() == (trained / "train" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-7]), "the checkpoint cannot be read "),
+        (lambda path: path.unlink(), "the checkpoint cannot be read "),
+        (
+            lambda path: save_file({"lm_head.weight/weight": torch.ones(3)}, path, {"step": "15"}),
+            "it is not a checkpoint",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    short: Settings, trained: Path, tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run_dir / "train" / "done.json").unlink()
+    spoil(checkpoint.checkpoints(run_dir / "train" / "checkpoints")[-1] / "state.safetensors")
+    with pytest.raises(
+        UserError, match=f"train = .*step-000015/state.safetensors: {said}.*; delete .*step-000015 to go on"
+    ):
+        train(short, run_dir)
+    shutil.rmtree(run_dir / "train" / "checkpoints" / "step-000015")
+    train(short, run_dir)
+    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
 
 
 @pytest.mark.parametrize(
@@ -164,11 +334,11 @@ def test_changed_settings_are_refused(
 ) -> None:
     other = replace(short, **{section: replace(getattr(short, section), **values)})
     with pytest.raises(UserError, match=f"{setting} = .*was made with.*set it back"):
-        loop.train(other, trained)
+        train(other, trained)
 
 
 def test_how_a_run_is_kept_and_logged_may_change(short: Settings, trained: Path) -> None:
-    loop.train(replace(short, train=replace(short.train, keep_checkpoints=1, accumulation=2)), trained)
+    train(replace(short, train=replace(short.train, keep_checkpoints=1, accumulation=2)), trained)
 
 
 @pytest.mark.parametrize(
@@ -185,16 +355,16 @@ def test_what_does_not_fit_the_store_is_refused(
 ) -> None:
     other = replace(short, **{section: replace(getattr(short, section), **values)})
     with pytest.raises(UserError, match=message):
-        loop.train(other, run_dir)
+        train(other, run_dir)
 
 
 def test_there_is_nothing_to_train_on_without_a_store(short: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run eagle3 record first"):
-        loop.train(short, tmp_path)
+        train(short, tmp_path)
 
 
 def test_offline_tracking_leaves_a_record(short: Settings, run_dir: Path) -> None:
-    loop.train(replace(short, train=replace(short.train, epochs=1, tracker="offline")), run_dir)
+    train(replace(short, train=replace(short.train, epochs=1, tracker="offline")), run_dir)
     assert list((run_dir / "wandb").glob("offline-run-*"))
 
 
@@ -230,7 +400,7 @@ def test_validation_does_not_depend_on_how_it_is_shared(short: Settings, trained
         tally = Tally(short.train.ttt_steps, 2)
         for rank in range(ranks):
             for part in validation_parts(store.indices("validation"), store.lengths(), rank, ranks):
-                batch = loop.collate(loop.load(store, part))
+                batch = loop.collate([store[index] for index in part])
                 with torch.no_grad():
                     tally.add(batch, module(batch))
         found.append(tally.result())
@@ -257,14 +427,14 @@ def test_a_warm_start_begins_where_the_head_is_and_keeps_its_vocabulary(
     short: Settings, trained: Path, shifted: Path, run_dir: Path
 ) -> None:
     settings = replace(short, train=replace(short.train, warm_start=str(shifted), epochs=1))
-    loop.train(settings, run_dir)
+    train(settings, run_dir)
     lines = lines_of(run_dir)
     cold, warm = lines_of(trained)[0]["validation"], lines[0]["validation"]
     assert warm["loss"] < 0.9 * cold["loss"]
     assert torch.equal(load_draft(run_dir / "draft").draft_ids, load_draft(shifted).draft_ids)
     noted = json.loads((run_dir / "draft" / "config.json").read_text())["eagle3_training"]
     assert noted["warm_start"] == file_sha256(shifted / "model.safetensors")
-    loop.train(settings, run_dir)  # done, and still the same
+    train(settings, run_dir)  # done, and still the same
 
 
 @pytest.mark.parametrize(
@@ -283,7 +453,7 @@ def test_a_warm_start_of_another_shape_is_refused(
 ) -> None:
     started = replace(short, train=replace(short.train, warm_start=str(shifted)))
     with pytest.raises(UserError, match=f"train.warm_start = .*{said}"):
-        loop.train(replace(started, **{section: replace(getattr(started, section), **changes)}), run_dir)
+        train(replace(started, **{section: replace(getattr(started, section), **changes)}), run_dir)
 
 
 def test_a_warm_start_from_other_layers_or_from_nowhere_is_refused(
@@ -295,4 +465,4 @@ def test_a_warm_start_from_other_layers_or_from_nowhere_is_refused(
     for path, said in (("other", r"its target_layers is \(0, 3, 4\), and the store's \(1, 3, 4\); "), ("none", "")):
         settings = replace(short, train=replace(short.train, warm_start=str(tmp_path / path)))
         with pytest.raises(UserError, match=said or "draft = .*none/config.json: there is no such file"):
-            loop.train(settings, run_dir)
+            train(settings, run_dir)

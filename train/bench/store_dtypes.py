@@ -30,7 +30,6 @@ from ...data.files import encode_json, write_atomic
 from ...data.store import Store
 from ...models.checkpoint import load_draft
 from ..batches import collate
-from ..batches import load as load_samples
 from ..module import TrainingTimeTest
 from ..validate import Tally, validation_parts
 
@@ -140,7 +139,7 @@ def simulated(draft: Path, store: Store, settings: Settings) -> float:
     tally, lengths = Tally(chain, chain), store.lengths()
     for split in ("validation", "test"):
         for part in validation_parts(store.indices(split), lengths, 0, 1):
-            batch = collate(load_samples(store, part))
+            batch = collate([store[index] for index in part])
             tally.add(batch, module(batch))
     return tally.result().acceptance_length
 

@@ -1,0 +1,101 @@
+"""The optimiser's whole state, gathered from whatever shards it and put back under whatever does: DDP or any ZeRO stage.
+
+    for name, tensor in gathered(module, optimizer):          # "lm_head.weight/exp_avg", float32 on the CPU
+        ...
+    restore(module, optimizer, tensors, step)
+
+Weights are kept as the optimiser has them, float32 also where the head runs in bfloat16. With AdamW's two moments and the
+count of steps nothing else decides what the next step does, so training goes on exactly, and under another number of
+ranks or another stage to rounding. DeepSpeed's own checkpoints are tied to both.
+
+Every rank must call either function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+PARTS = (WEIGHT, *MOMENTS)
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The draft's parameters by the names of its checkpoint, whatever wraps it."""
+    return {name.split("draft.", 1)[1]: parameter for name, parameter in module.named_parameters()}
+
+
+def gathered(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``<parameter>/weight`` and its moments, whole, one at a time; after the first step."""
+    base = _base(optimizer)
+    for name, parameter in parameters_of(module).items():
+        for part in PARTS:
+            yield f"{name}/{part}", _whole(parameter, base, part).detach().float().cpu()
+
+
+def restore(module: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Put back what :func:`gathered` yielded after ``step`` steps; the module's own weights were loaded from it before."""
+    base, parameters = _base(optimizer), parameters_of(module)
+    for held in _held(base, next(iter(parameters.values()))):
+        moments = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
+        base.state[held] = {"step": torch.tensor(float(step)), **moments}
+    if (zero := _zero(optimizer)) is not None:
+        zero._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        for part in PARTS:
+            _put(parameter, base, part, tensors[f"{name}/{part}"])
+
+
+def _held(base: torch.optim.Optimizer, parameter: Any) -> list[Tensor]:
+    """What the torch optimiser steps: parameters, or flat shards of them, which ZeRO-3 lends it only while it does."""
+    if hasattr(parameter, "ds_id"):
+        return list(parameter._z3_optimizer.fp32_partitioned_groups_flat)
+    return [held for group in base.param_groups for held in group["params"]]
+
+
+def _base(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimiser inside accelerate's and DeepSpeed's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    base: torch.optim.Optimizer = optimizer
+    return base
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's optimiser of stages 1 and 2 (and of bfloat16 at stage 0), whose shards learn of their moments late."""
+    while hasattr(optimizer, "optimizer"):
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            return optimizer
+        optimizer = optimizer.optimizer
+    return None
+
+
+def _whole(parameter: Any, base: torch.optim.Optimizer, part: str) -> Tensor:
+    found: Tensor
+    key = None if part == WEIGHT else part
+    if hasattr(parameter, "ds_id"):
+        found = parameter._z3_optimizer.get_full_hp_param(parameter, key)
+    elif hasattr(parameter, "_hp_mapping"):
+        found = parameter.get_full_hp_param(key)
+    else:
+        found = parameter if key is None else base.state[parameter][key]
+    return found
+
+
+@torch.no_grad()
+def _put(parameter: Any, base: torch.optim.Optimizer, part: str, value: Tensor) -> None:
+    key = None if part == WEIGHT else part
+    if hasattr(parameter, "ds_id"):
+        optimizer = parameter._z3_optimizer
+        size = optimizer.get_local_fp32_param(parameter, key).numel()
+        rank = optimizer._get_param_partition_rank(parameter)
+        padded = torch.nn.functional.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
+        optimizer.set_local_hp_param(padded[size * rank : size * (rank + 1)], parameter, key)
+    elif hasattr(parameter, "_hp_mapping"):
+        parameter.set_full_hp_param(value, key)
+    else:
+        held = parameter if key is None else base.state[parameter][key]
+        held.copy_(value)
