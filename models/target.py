@@ -40,6 +40,7 @@ from ..configs.errors import UserError
 from ..configs.settings import TargetSettings
 from .generate import Answer, generate
 from .kv_cache import KVCache
+from .parallel import from_first, here, join, whole
 from .target_info import TargetHead, TargetInfo, TargetText, attention_layout, describe, end_ids, find_decoder
 from .weights import weights_sha256
 
@@ -89,12 +90,10 @@ class Target:
         # transformers 5.24 gave the argument another name.
         accepted = inspect.signature(self._decoder.forward).parameters
         self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
-        self.head = TargetHead(
-            self._decoder.embed_tokens.weight.detach(),
-            self._decoder.norm.weight.detach(),
-            config.rms_norm_eps,
-            model.get_output_embeddings().weight.detach(),
-        )
+        inner, outer = self._decoder.embed_tokens.weight, model.get_output_embeddings().weight
+        embedding = whole(inner.detach())
+        lm_head = embedding if outer is inner else whole(outer.detach())
+        self.head = TargetHead(embedding, whole(self._decoder.norm.weight.detach()), config.rms_norm_eps, lm_head)
         self.info = describe(model, tokenizer, config, settings, self.head, weights_sha256)
         self.text = TargetText(tokenizer, self.info.eos_ids, self.info.max_positions)
         self.device = self.head.embedding.device
@@ -199,17 +198,25 @@ def refusing(settings: TargetSettings) -> Iterator[None]:
         ) from error
 
 
-def load_target(settings: TargetSettings) -> Target:
+def load_target(settings: TargetSettings, members: int = 1) -> Target:
     """Load weights, configuration and tokenizer of a folder, of a hub name, or of the model that ships ("embedded").
+
+    Args:
+        settings: which.
+        members: processes that hold it together (:mod:`.parallel`); all of them have to load it, and to call it alike.
 
     Raises:
         UserError: no such folder, a hub that cannot be reached, files that are no causal language model, or a setting
             that does not suit it.
     """
-    placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
     with opened(settings) as (path, where):
         config = AutoConfig.from_pretrained(path, **where)
-        checksum = weights_sha256(path, where)
+        if members > 1:
+            placement = join(members, config)
+            checksum = from_first(weights_sha256(path, where) if here(members).writes else "")
+        else:
+            placement = {"device_map": "auto"} if torch.cuda.is_available() else {}
+            checksum = weights_sha256(path, where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         model = reader(config).from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **placement, **where)
     model.requires_grad_(False)

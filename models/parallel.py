@@ -1,0 +1,109 @@
+"""One target held by several processes together, each with its part of every matrix, by transformers' own plan.
+
+    torchrun --nproc-per-node 8 --no-python eagle3 record maverick record.tensor_parallel=8
+
+Ranks next to each other make a group. Its members compute the same batches at the same time; groups know nothing of each
+other, as ranks do not that hold a target alone. So torch's default process group is made of one group's members, and to
+transformers these are all there are.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from ..configs.errors import UserError
+
+SETTING = "record.tensor_parallel"
+PATIENCE = timedelta(hours=2)  # members wait while one hashes or writes; a launcher ends them all when one of them dies
+
+Value = TypeVar("Value")
+
+
+class Place(NamedTuple):
+    """Where a process stands: in one of ``groups``, as one of its ``members``, both counted from 0."""
+
+    group: int
+    groups: int
+    member: int
+    members: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether what the group computed is this process's to write."""
+        return self.member == 0
+
+    def does(self, number: int) -> bool:
+        """Whether this process's group does the piece of work of this number."""
+        return number % self.groups == self.group
+
+
+def place(rank: int, ranks: int, members: int) -> Place:
+    """The place of ``rank`` among ``ranks``, of which each ``members`` that stand together are a group.
+
+    Raises:
+        UserError: the ranks are no whole number of groups.
+    """
+    if ranks % members:
+        remedy = f"start a multiple of {members}, as with torchrun --nproc-per-node {members}"
+        raise UserError(SETTING, members, f"there are {ranks} processes", remedy)
+    return Place(rank // members, ranks // members, rank % members, members)
+
+
+def here(members: int) -> Place:
+    """The place of this process, by what its launcher says; raises as :func:`place` does."""
+    return place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), members)
+
+
+def join(members: int, config: PretrainedConfig) -> dict[str, Any]:
+    """Meet the other members of the group; returns how transformers is told to load this member's part.
+
+    Raises:
+        UserError: the ranks are no whole number of groups, or the heads of the target cannot be dealt to the members.
+    """
+    heads = config.get_text_config().num_key_value_heads
+    if heads % members:
+        raise UserError(SETTING, members, f"the target has {heads} key/value heads", "give a divisor of that number")
+    ours = here(members)
+    if not distributed.is_initialized():
+        store, _, _ = next(rendezvous("env://"))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=PrefixStore(f"target {ours.group}", store),
+            rank=ours.member,
+            world_size=members,
+            timeout=PATIENCE,
+        )
+    return {"distributed_config": DistributedConfig(tp_size=members)}
+
+
+def from_first(value: Value) -> Value:
+    """What the first member of the group has for ``value``; the others' is ignored."""
+    held = [value]
+    distributed.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def any_of(ours: Place, said: bool) -> bool:
+    """Whether any member of the group said so. All have to ask, and are told the same."""
+    if ours.members == 1:
+        return said
+    flag = torch.tensor(int(said))
+    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight of which every member has a part; all have to ask."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
