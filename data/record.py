@@ -31,7 +31,16 @@ from ..models.target_files import TargetEnds
 from . import store
 from .answers import ANSWERS, Answer, Answers, read_finished
 from .chat import tokenizer_hash
-from .files import FileEntry, exclusive, file_sha256, lines_sha256, remove_temporaries, tensor_file, write_listed
+from .files import (
+    FileEntry,
+    damaged,
+    exclusive,
+    file_sha256,
+    lines_sha256,
+    remove_temporaries,
+    tensor_file,
+    write_listed,
+)
 from .planning import Batch, plan
 from .quantise import dtype_name
 from .recorders import Recorder, TransformersRecorder
@@ -106,6 +115,7 @@ def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
     if not stage.begun() or not (stage.folder / store.MANIFEST).exists():
         return False
     manifest = store.read_manifest(stage.folder)
+    store.check_recording(stage.folder, manifest)
     if StoreWriter(stage.folder, len(manifest.shards)).missing():
         return False
     if settings.record.spool_shards is not None and not spooled(run_dir / SPOOL):
@@ -126,6 +136,8 @@ def _manifest(
     remove_temporaries(folder)
     remove_temporaries(folder / store.TOKENIZER)
     entries = tuple(read_entry(shard_path(folder, number)) for number in range(len(shards)))
+    if foreign := [entry.name for entry in entries if entry.recording != name]:
+        raise damaged(folder / foreign[0], "it is another recording's")
     tensors = Shard.open(folder, entries[0]).tensors
     in_order = stored.chosen([sample for shard in shards for batch in shard for sample in batch])
     beside = {

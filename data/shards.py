@@ -27,6 +27,7 @@ from .quantise import decode
 
 HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
 PATTERN = "shard-*.safetensors"
+DISAGREEING = "disagreeing"  # in a shard's metadata too, where its checksum covers it
 
 
 class StoreSample(NamedTuple):
@@ -85,7 +86,9 @@ def publish(
         disagreeing: how many of those the states do not predict.
     """
     path = shard_path(folder, number)
-    parts = tensor_file({**packed, **index.tensors()}, {**index.metadata(), "recording": recording})
+    parts = tensor_file(
+        {**packed, **index.tensors()}, {**index.metadata(), "recording": recording, DISAGREEING: str(disagreeing)}
+    )
     entry = ShardEntry(
         sha256=sha256(*parts),
         bytes=sum(len(part) for part in parts),
@@ -162,6 +165,8 @@ class Shard:
         tensors, metadata = read_tensors(path)
         if metadata["recording"] != entry.recording:
             raise damaged(path, "it is another recording's")
+        if metadata[DISAGREEING] != str(entry.disagreeing):
+            raise damaged(path, f"its {facts_path(path).name} is damaged")
         index = Index.read(tensors, metadata)
         packed = {name: tensor for name, tensor in tensors.items() if name not in Index.COLUMNS}
         counts = (len(index), *(len(tensor) for tensor in packed.values()))
