@@ -62,7 +62,10 @@ class Place(NamedTuple):
         return number % self.groups == self.group
 
 
-def place(rank: int, ranks: int, members: int) -> Place:
+ALONE = Place(0, 1, 0, 1)
+
+
+def placed(rank: int, ranks: int, members: int) -> Place:
     """The place of ``rank`` among ``ranks``, of which each ``members`` that stand together are a group.
 
     Raises:
@@ -75,8 +78,8 @@ def place(rank: int, ranks: int, members: int) -> Place:
 
 
 def here(members: int) -> Place:
-    """The place of this process, by what its launcher says; raises as :func:`place` does."""
-    return place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), members)
+    """The place of this process, by what its launcher says; raises as :func:`placed` does."""
+    return placed(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), members)
 
 
 def join(members: int, config: PretrainedConfig) -> dict[str, Any]:
