@@ -2,14 +2,29 @@
 
     torchrun --nproc-per-node 8 --no-python eagle3 record maverick record.tensor_parallel=8
 
-Ranks next to each other make a group. Its members compute the same batches at the same time; groups know nothing of each
-other, as ranks do not that hold a target alone. So torch's default process group is made of one group's members, and to
-transformers these are all there are.
+Ranks next to each other make a group. Its members compute the same batches at the same time: the first decides which,
+tells the others, and is the only one that does anything with what comes out. Groups know nothing of each other, as ranks do
+not that hold a target alone. So torch's default process group is made of one group's members, and to transformers these are
+all there are.
+
+    ours = here(members)
+    target = load_target(settings, members)
+    if ours.writes:
+        with leading(ours):
+            announce(ours, input_ids)
+            target.forward(input_ids)
+    else:
+        for input_ids in announced():
+            target.forward(input_ids)
+
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,10 +36,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from ..configs.errors import UserError
+from ..configs.errors import Eagle3Error, UserError
 
 SETTING = "record.tensor_parallel"
-PATIENCE = timedelta(hours=2)  # members wait while one hashes or writes; a launcher ends them all when one of them dies
+PATIENCE = timedelta(days=30)  # the first may wait for a disk or a trainer; a launcher ends all when one of them dies
 
 Value = TypeVar("Value")
 
@@ -47,7 +62,10 @@ class Place(NamedTuple):
         return number % self.groups == self.group
 
 
-def place(rank: int, ranks: int, members: int) -> Place:
+ALONE = Place(0, 1, 0, 1)
+
+
+def placed(rank: int, ranks: int, members: int) -> Place:
     """The place of ``rank`` among ``ranks``, of which each ``members`` that stand together are a group.
 
     Raises:
@@ -60,8 +78,8 @@ def place(rank: int, ranks: int, members: int) -> Place:
 
 
 def here(members: int) -> Place:
-    """The place of this process, by what its launcher says; raises as :func:`place` does."""
-    return place(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), members)
+    """The place of this process, by what its launcher says; raises as :func:`placed` does."""
+    return placed(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), members)
 
 
 def join(members: int, config: PretrainedConfig) -> dict[str, Any]:
@@ -95,13 +113,40 @@ def from_first(value: Value) -> Value:
     return held[0]
 
 
-def any_of(ours: Place, said: bool) -> bool:
-    """Whether any member of the group said so. All have to ask, and are told the same."""
+@contextmanager
+def leading(ours: Place) -> Iterator[None]:
+    """What the first member does while the others follow it; an end that is not a bug is theirs too.
+
+    After a bug, such as memory that does not suffice, a member may be in the middle of a batch and cannot be told: it is
+    ended by the launcher.
+    """
+    try:
+        yield
+    except Eagle3Error:
+        announce(ours, None)
+        raise
+    announce(ours, None)
+
+
+def announced() -> Iterator[Tensor]:
+    """What the first member announces, until it is done; each is to be run before the next is asked for."""
+    while True:
+        shape = torch.zeros(2, dtype=torch.long)
+        distributed.broadcast(shape, src=0)
+        if not shape.any():
+            return
+        input_ids = torch.zeros(*shape.tolist(), dtype=torch.long)
+        distributed.broadcast(input_ids, src=0)
+        yield input_ids
+
+
+def announce(ours: Place, input_ids: Tensor | None) -> None:
+    """Tell the other members over which token ids ``[B, T]``, on the CPU, the first runs the target next; None: no more."""
     if ours.members == 1:
-        return said
-    flag = torch.tensor(int(said))
-    distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-    return bool(flag)
+        return
+    distributed.broadcast(torch.tensor([0, 0] if input_ids is None else input_ids.shape), src=0)
+    if input_ids is not None:
+        distributed.broadcast(input_ids, src=0)
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
-from eagle3.models.parallel import Place, any_of, from_first, here, join, place
+from eagle3.models.parallel import ALONE, Place, announce, announced, from_first, here, join, leading, placed
 from eagle3.models.target import load_target
 from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
@@ -32,16 +32,16 @@ fork = multiprocessing.get_context("fork")
 
 
 def test_neighbours_are_a_group() -> None:
-    found = [place(rank, 6, 2) for rank in range(6)]
+    found = [placed(rank, 6, 2) for rank in range(6)]
     assert found == [Place(group, 3, member, 2) for group in range(3) for member in range(2)]
     assert [ours.writes for ours in found] == [True, False] * 3
     for number in range(12):
         assert [ours.does(number) for ours in found].count(True) == 2
-    assert [place(rank, 4, 1) for rank in range(4)] == [Place(rank, 4, 0, 1) for rank in range(4)]
+    assert [placed(rank, 4, 1) for rank in range(4)] == [Place(rank, 4, 0, 1) for rank in range(4)]
 
 
 def test_a_launcher_says_where_a_process_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert here(1) == Place(0, 1, 0, 1)
+    assert here(1) == ALONE
     with pytest.raises(UserError, match="record.tensor_parallel = 8: there are 1 processes; start a multiple of 8, as"):
         here(8)
     monkeypatch.setenv("RANK", "5")
@@ -82,6 +82,19 @@ def ids_of(group: int, vocab_size: int) -> torch.Tensor:
     return torch.randint(7, vocab_size, (2, 40), generator=torch.Generator().manual_seed(group))
 
 
+def lead_or_follow(ours: Place) -> list[torch.Tensor]:
+    """What a member was told to run, when the first ends well and when it ends in a mistake."""
+    if not ours.writes:
+        return [*announced(), *announced()]
+    told = [torch.full((1, 3), ours.group), torch.arange(8).reshape(4, 2)]
+    with leading(ours):
+        announce(ours, told[0])
+    with pytest.raises(UserError), leading(ours):
+        announce(ours, told[1])
+        raise UserError("a", "b", "c", "d")
+    return told
+
+
 def _member(rank: int, port: int, root: Path, out: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(MEMBERS * GROUPS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
@@ -98,7 +111,7 @@ def _member(rank: int, port: int, root: Path, out: Path) -> None:
                 p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in target.model.parameters()
             ),
         }
-    found["told"] = (from_first(rank), any_of(ours, rank == 1), any_of(ours, False))
+    found["told"], found["ran"] = from_first(rank), lead_or_follow(ours)
     torch.save(found, out / f"{rank}.pt")
 
 
@@ -125,7 +138,7 @@ def test_together_as_alone(kind: str, folders: Path, computed: list[dict[str, An
     said = alone.generate([[7, 8, 9], [10, 11]], [0.0, 1.0], 12)
     for rank, found in enumerate(computed):
         ours = found[kind]
-        states = alone.forward(ids_of(place(rank, len(computed), MEMBERS).group, alone.info.vocab_size))
+        states = alone.forward(ids_of(placed(rank, len(computed), MEMBERS).group, alone.info.vocab_size))
         for mine, theirs in zip(ours["states"], (states.features, states.last_hidden), strict=True):
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
         assert ours["said"] == said
@@ -142,5 +155,13 @@ def test_a_matrix_at_both_ends_is_one(computed: list[dict[str, Any]]) -> None:
             assert (head.lm_head.data_ptr() == head.embedding.data_ptr()) == (kind == "llama4")
 
 
-def test_members_are_told_the_same(computed: list[dict[str, Any]]) -> None:
-    assert [found["told"] for found in computed] == [(0, True, False)] * 2 + [(2, False, False)] * 2
+def test_members_are_told_what_the_first_does(computed: list[dict[str, Any]]) -> None:
+    assert [found["told"] for found in computed] == [0, 0, 2, 2]
+    for rank, found in enumerate(computed):
+        group = placed(rank, len(computed), MEMBERS).group
+        assert [ids.tolist() for ids in found["ran"]] == [[[group] * 3], [[0, 1], [2, 3], [4, 5], [6, 7]]]
+
+
+def test_who_is_alone_tells_nobody() -> None:
+    with leading(ALONE):
+        announce(ALONE, torch.zeros(1, 1))
