@@ -65,8 +65,11 @@ class Run:
 
     @property
     def recording(self) -> targets.Target | target_files.TargetEnds:
-        """The target, or its ends alone where servers record in its place."""
-        return target_files.load_ends(self.settings.target) if self.settings.record.endpoints else self.target
+        """The target, this process's part of it, or its ends alone where servers record in its place."""
+        if self.settings.record.endpoints:
+            return target_files.load_ends(self.settings.target)
+        members = self.settings.record.tensor_parallel
+        return self.target if members == 1 else targets.load_target(self.settings.target, members)
 
 
 class Stage(NamedTuple):

@@ -63,6 +63,7 @@ LIMITS = {
     "record.batch_tokens": _least(1),
     "record.shard_tokens": _least(1),
     "record.spool_shards": _least(1),
+    "record.tensor_parallel": _least(1),
     "record.server_gpus": _least(1),
     "record.in_flight": _least(1),
     "record.patience_s": POSITIVE,
@@ -112,6 +113,9 @@ def check(settings: Settings) -> None:
         _check_endpoints(f"{section}.endpoints", values[f"{section}.endpoints"])
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
+    if settings.record.endpoints and settings.record.tensor_parallel > 1:
+        problem = "servers record (record.endpoints), and hold the target as they were told (record.server_gpus)"
+        raise UserError("record.tensor_parallel", settings.record.tensor_parallel, problem, "leave one of the two out")
     if settings.record.spool_shards is not None and settings.train.epochs != 1:
         problem = f"states in a spool (record.spool_shards = {settings.record.spool_shards}) are read once"
         raise UserError("train.epochs", settings.train.epochs, problem, "set train.epochs=1, or set no spool_shards")

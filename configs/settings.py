@@ -120,6 +120,10 @@ class RecordSettings:
     states are kept in the store. Default: everything is."""
     endpoints: tuple[str, ...] = ()
     """vLLM servers that record, as http://127.0.0.1:8000; none: the target runs in this process."""
+    tensor_parallel: int = 1
+    """Processes that hold the target together, each with its part of every matrix, where no servers record: as many as
+    torchrun --nproc-per-node starts, or a divisor of it. 1: every process holds a whole target, over all GPUs that it sees,
+    which compute one after the other."""
     server_gpus: int = 1
     """GPUs over which one server splits the target."""
     in_flight: int = 16

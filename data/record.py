@@ -2,10 +2,12 @@
 
     eagle3 record configs/tiny.yaml
     torchrun --nnodes 4 --no-python eagle3 record configs/maverick.yaml    # one process a node
+    torchrun --nproc-per-node 8 --no-python eagle3 record configs/maverick.yaml record.tensor_parallel=8    # one a GPU
 
 Which samples make up which batch and shard is planned from the answers alone, before anything is recorded. So any rank
 may record any shard, a recorder that is killed records the missing ones when it is started again, and the store is the
-same to the byte. Ranks do not talk to each other: a shard that exists is done, and the first rank waits for all.
+same to the byte. Ranks do not talk to each other: a shard that exists is done, and the first rank waits for all. Those
+that hold a target together (``record.tensor_parallel``) are one: the first of them records, the others compute with it.
 
 States that no disk holds at once go to a spool (``record.spool_shards``), from which a trainer reads them meanwhile; those
 of held-out conversations come first, and are kept as a store.
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from ..configs.errors import UserError
 from ..configs.settings import Settings
 from ..configs.signals import StopRequest
+from ..models.parallel import Place, announced, here, leading, placed
 from ..models.target import Target, TargetHead
 from ..models.target_files import TargetEnds
 from . import store
@@ -71,36 +74,55 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
         Incomplete: recorded states are not what the target's own answers say they are.
         Interrupted: a signal came; the finished shards are kept.
     """
-    stage = _stage(settings, run_dir, target)
+    stage, ours = _stage(settings, run_dir, target), _place(settings)
     with StopRequest(stage.resume) as stop:
-        if _whole(stage, settings, run_dir):
+        if not ours.writes:
+            _follow(target, stop)
             return
-        answered_by(target, run_dir)
-        answers = read_finished(run_dir / "conversations", target.info.vocab_size)
-        stage.begin()
-        ranks = PartialState(cpu=not torch.cuda.is_available())
-        with exclusive(stage.folder / f".record-{ranks.process_index}.lock"):
-            recorder = recorder or _recorder(settings, target)
-            limit, name = settings.record.spool_shards, file_sha256(stage.path)
-            stored = answers if limit is None else answers.of_split(lambda split: split != "train")
-            shards = plan(stored.lengths.tolist(), settings.record)
-            place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
-            Recording(place, name, settings.record, target, stored, recorder).run(shards, stop)
-            if ranks.is_main_process:
-                store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
-            if limit is not None:
-                streamed = answers.of_split(lambda split: split == "train")
-                shards = plan(streamed.lengths.tolist(), settings.record)
-                lengths = [streamed.lengths[[*chain.from_iterable(shard)]].tolist() for shard in shards]
-                if not ranks.is_main_process:
-                    wait_for(run_dir / SPOOL / PLAN, "the first rank has not begun the spool yet", stop.check)
-                place = SpoolWriter(run_dir / SPOOL, name, lengths, limit)
-                Recording(place, name, settings.record, target, streamed, recorder).run(shards, stop)
+        with leading(ours):
+            if _whole(stage, settings, run_dir):
+                return
+            answered_by(target, run_dir)
+            answers = read_finished(run_dir / "conversations", target.info.vocab_size)
+            stage.begin()
+            with exclusive(stage.folder / f".record-{ours.group}.lock"):
+                recorder = recorder or _recorder(settings, target, ours)
+                limit, name = settings.record.spool_shards, file_sha256(stage.path)
+                stored = answers if limit is None else answers.of_split(lambda split: split != "train")
+                shards = plan(stored.lengths.tolist(), settings.record)
+                place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
+                Recording(place, name, settings.record, target, stored, recorder).run(shards, ours, stop)
+                if ours.group == 0:
+                    store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
+                if limit is not None:
+                    streamed = answers.of_split(lambda split: split == "train")
+                    shards = plan(streamed.lengths.tolist(), settings.record)
+                    lengths = [streamed.lengths[[*chain.from_iterable(shard)]].tolist() for shard in shards]
+                    if ours.group > 0:
+                        wait_for(run_dir / SPOOL / PLAN, "the first rank has not begun the spool yet", stop.check)
+                    place = SpoolWriter(run_dir / SPOOL, name, lengths, limit)
+                    Recording(place, name, settings.record, target, streamed, recorder).run(shards, ours, stop)
 
 
-def _recorder(settings: Settings, target: Target | TargetEnds) -> Recorder:
-    """The target itself where all of it is here, else the servers that have it."""
-    return TransformersRecorder(target) if isinstance(target, Target) else VllmRecorder(settings, target)
+def _follow(target: Target | TargetEnds, stop: StopRequest) -> None:
+    """Compute what the first member of the group records; a signal ends it when it ends that one."""
+    assert isinstance(target, Target)
+    for input_ids in announced():
+        target.forward(input_ids)
+    stop.check("the process that records what this one computes has ended")
+
+
+def _place(settings: Settings) -> Place:
+    """This process among all that record."""
+    if settings.record.tensor_parallel > 1:
+        return here(settings.record.tensor_parallel)
+    ranks = PartialState(cpu=not torch.cuda.is_available())
+    return placed(ranks.process_index, ranks.num_processes, 1)
+
+
+def _recorder(settings: Settings, target: Target | TargetEnds, ours: Place) -> Recorder:
+    """The target itself where it, or a part of it, is here, else the servers that have it."""
+    return TransformersRecorder(target, ours) if isinstance(target, Target) else VllmRecorder(settings, target)
 
 
 def recorded(settings: Settings, run_dir: Path) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.parallel import ALONE, Place, announce
 from ..models.target import Target
 
 
@@ -47,10 +48,15 @@ class Recorder(Protocol):
 
 
 class TransformersRecorder:
-    """Any causal language model of transformers, in this process; rows are padded to the longest of their batch."""
+    """Any causal language model of transformers, in this process; rows are padded to the longest of their batch.
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    Args:
+        target: the model.
+        ours: this process among those that hold the target together, who are told of every batch; none: it is alone.
+    """
+
+    def __init__(self, target: Target, ours: Place = ALONE) -> None:
+        self.target, self._ours = target, ours
 
     def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
         """One forward pass a batch, when its first states are asked for; see :class:`Recorder`."""
@@ -63,6 +69,7 @@ class TransformersRecorder:
         input_BT = torch.zeros(len(sequences), max(lengths), dtype=torch.long, pin_memory=device.type == "cuda")
         for row, ids in enumerate(sequences):
             input_BT[row, : len(ids)] = torch.from_numpy(ids)
+        announce(self._ours, input_BT)
         output = self.target.forward(input_BT.to(device, non_blocking=True))
         features_BTFH = output.features
         return [

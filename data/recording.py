@@ -1,7 +1,7 @@
 """Recording what is missing of a store or a spool, while the thread that runs the target does nothing else.
 
     place = StoreWriter(folder, len(shards))
-    Recording(place, name, settings.record, target, answers, recorder).run(shards, stop)
+    Recording(place, name, settings.record, target, answers, recorder).run(shards, ours, stop)
 
 =========  ===========================================================  =========================================
 thread     does                                                         holds at most
@@ -29,12 +29,12 @@ from itertools import accumulate, islice
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..configs.errors import Incomplete
 from ..configs.settings import RecordSettings
 from ..configs.signals import StopRequest
+from ..models.parallel import Place
 from ..models.target import Target
 from ..models.target_files import TargetEnds
 from .answers import Answer
@@ -77,18 +77,22 @@ class Recording:
         self.place, self.name, self.settings = place, name, settings
         self.target, self.answers, self.recorder = target, answers, recorder
 
-    def run(self, shards: list[list[Batch]], stop: StopRequest) -> None:
+    def run(self, shards: list[list[Batch]], ours: Place, stop: StopRequest) -> None:
         """Record this rank's missing shards; the first rank then waits until those of the others are there.
+
+        Args:
+            shards: the plan of all.
+            ours: this rank, or the group of them for which it writes.
+            stop: whether to end after the current shard.
 
         Raises:
             Incomplete: states are not what the target's own answers say they are.
             UserError: a shard cannot be written, or as the recorder does.
             Interrupted: a signal came; the shard that was being recorded is kept too.
         """
-        ranks = PartialState()
         missing = self.place.missing()
         # By the shard's number and not by its place among the missing: ranks may look at different moments.
-        mine = deque(number for number in missing if number % ranks.num_processes == ranks.process_index)
+        mine = deque(number for number in missing if ours.does(number))
         there = len(shards) - len(missing)
         progress = Progress("record", "shards", there + len(mine), there)
         while mine:
@@ -98,7 +102,7 @@ class Recording:
             for entry in self._record({number: shards[number] for number in planned}, stop):
                 progress.advance(1, entry.tokens)
             stop.check(f"{progress.done} of {progress.total} shards are recorded")
-        for number in missing if ranks.is_main_process else []:
+        for number in missing if ours.group == 0 else []:
             while not self.place.done(number):
                 stop.check("the shards of this rank are recorded, those of others are not")
                 time.sleep(POLL)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from eagle3.data.planning import plan
 from eagle3.data.record import record, recorded
 from eagle3.data.recorders import TransformersRecorder
 from eagle3.data.store import Store
-from eagle3.models.target import Target, TargetOutput
+from eagle3.models.target import Target, TargetOutput, load_target
 from eagle3.models.target_files import TargetEnds, load_ends
+from torch.distributed import TCPStore
 
 fork = multiprocessing.get_context("fork")
 
@@ -293,3 +295,88 @@ def test_servers_record_where_only_the_ends_are_here(
     record(chosen, answered, load_ends(chosen.target))
     assert asked == [(("http://127.0.0.1:1",), TargetEnds)]
     assert Store(answered / "store").verify() == []
+
+
+MEMBERS = 2  # of each of two groups
+
+
+def _member(rank: int, port: int, recipe: Settings, run_dir: Path, first_signals: bool) -> None:
+    """One of four processes as a launcher starts them; a signal reaches all of them while the first batch is run."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    target = load_target(recipe.target, MEMBERS)
+    real, batches = target.forward, []
+
+    def forward(input_ids: torch.Tensor) -> TargetOutput:
+        batches.append(input_ids.tolist())
+        if first_signals and len(batches) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(input_ids)
+
+    target.forward = forward  # type: ignore[method-assign]
+    code = 0
+    try:
+        record(recipe, run_dir, target)
+    except Interrupted as end:
+        code = end.exit_code
+    (run_dir / f"rank-{rank}").write_text(json.dumps([code, batches]))
+
+
+def _together(recipe: Settings, run_dir: Path, first_signals: bool = False) -> list[tuple[int, list]]:
+    """Record in two groups of two processes; returns how each ended and what it ran."""
+    store = TCPStore("127.0.0.1", 0, is_master=True)  # a launcher's
+    given = (store.port, recipe, run_dir, first_signals)
+    processes = [fork.Process(target=_member, args=(rank, *given)) for rank in range(2 * MEMBERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * 4
+    return [tuple(json.loads((run_dir / f"rank-{rank}").read_text())) for rank in range(4)]
+
+
+def test_processes_that_hold_the_target_together_record_it(
+    answered: Path, tiny_target: Target, changed: Callable[..., Settings]
+) -> None:
+    chosen = changed("record", features_dtype="float32", last_hidden_dtype="float32", tensor_parallel=MEMBERS)
+    ended = _together(chosen, answered, first_signals=True)
+    assert [code for code, _ in ended] == [75] * 4
+    kept = {path.name: path.stat().st_ino for path in (answered / "store").glob("shard-*.safetensors")}
+    assert len(kept) == 2 and not (answered / "store" / "manifest.json").exists()
+
+    ended = _together(chosen, answered)
+    for rank in (0, 2):
+        assert ended[rank] == ended[rank + 1]  # the same batches
+    assert ended[0][1] != ended[2][1]
+    for name, inode in kept.items():
+        assert (answered / "store" / name).stat().st_ino == inode
+    store = Store(answered / "store")
+    assert store.verify() == [] and len(store) == 24
+    for sample in store:
+        alone = tiny_target.forward(sample.input_ids[None].long())
+        for found, exact in ((sample.features, alone.features[0]), (sample.last_hidden, alone.last_hidden[0])):
+            assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+    (answered / "store" / "manifest.json").unlink()  # what is whole but for it computes nothing
+    assert [len(batches) for _, batches in _together(chosen, answered)] == [0] * 4
+    assert recorded(chosen, answered)
+
+
+def test_a_mistake_ends_all_who_hold_the_target(answered: Path, changed: Callable[..., Settings]) -> None:
+    """What only the first of a group looks at, here that the answers are whole, lets the others go."""
+    path = answered / "conversations" / "answers.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
+    chosen = changed("record", tensor_parallel=MEMBERS)
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    processes = [fork.Process(target=_member, args=(rank, store.port, chosen, answered, False)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [1, 0, 1, 0]
+
+
+def test_servers_are_no_processes_that_hold_the_target(changed: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match="record.tensor_parallel = 2: servers record .*; leave one of the two out"):
+        check(changed("record", tensor_parallel=2, endpoints=("http://127.0.0.1:1",)))
