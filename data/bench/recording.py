@@ -27,18 +27,18 @@ from io import StringIO
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ...configs.entry import finish
 from ...configs.settings import RecordSettings
 from ...configs.signals import StopRequest
+from ...models.parallel import ALONE
 from ..checks import check_states
 from ..files import sha256, tensor_file, write_atomic
 from ..quantise import encode
 from ..recorders import TransformersRecorder
 from ..recording import Filling, Recording
 from ..shards import read_entry, shard_path
-from ..stage import Stage
+from ..spool import StoreWriter
 from ..units import in_bytes, measured
 from .sides import Compared, Spent, add_options, check_rounds, compare, in_turn, measure, result, write
 from .subjects import PRESETS, Shape, Subject, embedded, llama
@@ -55,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure; print a table, and write it where it is asked for."""
     asked = _parse(arguments)
     check_rounds(asked.rounds)
-    PartialState(cpu=asked.device == "cpu")
     results = list[dict[str, object]]()
     for kind in asked.targets:
         subject = _subject(asked, kind)
@@ -134,12 +133,10 @@ def _stored(settings: RecordSettings, name: str) -> RecordSettings:
 def record(subject: Subject, settings: RecordSettings, where: Path | None) -> tuple[Spent, int]:
     """Record all of ``subject`` to a store that is then gone; returns what that took, and the bytes of its shards."""
     with _folder(where) as folder, StopRequest("nothing") as stop, redirect_stderr(StringIO()):
-        stage = Stage("record", folder, folder / "store", {})
-        stage.begin()
-        recorder = TransformersRecorder(subject.target)
-        recording = Recording(stage, settings, subject.target, subject.answers, recorder)
-        spent = measure(lambda: recording.run(subject.shards, stop))
-        written = (read_entry(shard_path(stage.folder, number)).bytes for number in range(len(subject.shards)))
+        place, recorder = StoreWriter(folder, len(subject.shards)), TransformersRecorder(subject.target)
+        recording = Recording(place, "measured", settings, subject.target, subject.answers, recorder)
+        spent = measure(lambda: recording.run(subject.shards, ALONE, stop))
+        written = (read_entry(shard_path(folder, number)).bytes for number in range(len(subject.shards)))
         return spent, sum(written)
 
 

@@ -107,7 +107,7 @@ def embedded(device: str, conversations: int) -> Subject:
         path.parent.mkdir()
         write_atomic(path, b"".join(encode_line(question._asdict()) for question in asked))
         regenerate(recipe, Path(folder), target)
-        answers = read_finished(path.parent, target.info.vocab_size)
+        answers = list(read_finished(path.parent, target.info.vocab_size))
     return _subject("embedded, float32", target, bare, answers, recipe.record)
 
 
