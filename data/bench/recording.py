@@ -90,7 +90,7 @@ def _subject(asked: argparse.Namespace, kind: str) -> Subject:
 
 def _measure(subject: Subject, asked: argparse.Namespace) -> list[dict[str, object]]:
     inputs = subject.inputs()
-    flop, tokens, sizes = subject.flop_per_token(inputs), subject.tokens, dict[str, int]()
+    flop, tokens, sizes = subject.flop_per_token(), subject.tokens, dict[str, int]()
     print(f"{subject.name}: {tokens:,} tokens in {len(inputs)} batches and {len(subject.shards)} shards, ", end="")
     print(f"{measured(flop, 'FLOP')} a token, {asked.device}, {torch.get_num_threads()} threads", flush=True)
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from ...configs.loader import load
@@ -85,11 +84,11 @@ class Subject(NamedTuple):
         if self.target.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def flop_per_token(self, inputs: Sequence[Tensor]) -> float:
-        """Floating-point operations of its matrix products as torch counts them."""
-        with FlopCounterMode(display=False) as counter:
-            self.forward(inputs)
-        return counter.get_total_flops() / self.tokens
+    def flop_per_token(self) -> int:
+        """Floating-point operations of its products with weights; transformers gives every token to every expert."""
+        embedding = self.target.head.embedding.data_ptr()
+        matrices = (weight for weight in self.bare.parameters() if weight.dim() > 1 and weight.data_ptr() != embedding)
+        return 2 * sum(weight.numel() for weight in matrices)
 
     def _input(self, batch: Batch) -> Tensor:
         rows = [torch.tensor(self.answers[sample].ids) for sample in batch]
