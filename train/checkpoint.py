@@ -42,9 +42,10 @@ def save(accelerator: Accelerator, module: nn.Module, optimizer: Any, folder: Pa
         UserError: it cannot be written; what was there stays.
     """
     final = folder / f"{PREFIX}{step:06d}"
-    if final.exists():
+    there, main = final.exists(), accelerator.is_main_process
+    accelerator.wait_for_everyone()  # all have looked before it can be there
+    if there:
         return
-    main = accelerator.is_main_process
     tensors = {name: tensor for name, tensor in gathered(module, optimizer) if main}
     if main:
         temporary = final.with_suffix(".tmp")
