@@ -24,7 +24,7 @@ from eagle3.data.conversations import Conversation
 from eagle3.data.recorders import States
 from eagle3.data.vllm_launch import launch_command
 from eagle3.data.vllm_recorder import VllmRecorder
-from eagle3.models.target import Target, TargetOutput, load_target
+from eagle3.models.target import Target, TargetOutput, load_target, load_text
 from eagle3.models.target_files import layers_of, load_ends
 from eagle3.models.target_info import find_decoder
 from torch import Tensor
@@ -57,7 +57,7 @@ def servers(start: Start, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, target in targets.items():
         record = replace(tiny.record, states_folder=str(tmp_path_factory.mktemp(name) / "states"))
         settings = replace(tiny, target=target, record=record)
-        _, _, model, *options, handover = launch_command(settings, *layers_of(target))
+        _, _, model, *options, handover = launch_command(settings, *layers_of(target), load_text(target))
         assert Path(model).samefile(TARGET)
         engine = start(name, [*options, json.dumps(json.loads(handover) | connector)])
         started[name] = Server(engine, replace(settings, record=replace(record, endpoints=(engine.url,))))
