@@ -40,7 +40,9 @@ check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 	@count=$$(grep -rnE '# *(noqa|type: *ignore)' --include='*.py' *.py $(PACKAGES) tests | wc -l); \
 	echo "suppressions: $$count of at most $(SUPPRESSIONS)"; [ $$count -le $(SUPPRESSIONS) ]
 
-bench: $(VENV)/package ## decoding alone, again: the demo's report without its earlier measurements
+bench: $(VENV)/package ## recording and reading beside their limits; then the demo's report, its decoding measured anew
+	@$(BIN)/python -m eagle3.data.bench.recording
+	@$(BIN)/python -m eagle3.data.bench.reading
 	@rm -rf runs/tiny/eval
 	@$(BIN)/eagle3 run configs/tiny.yaml
 
