@@ -86,7 +86,7 @@ class Subject(NamedTuple):
             torch.cuda.synchronize()
 
     def flop_per_token(self, inputs: Sequence[Tensor]) -> float:
-        """Floating-point operations of its matrix products as torch counts them."""
+        """Floating-point operations of its matrix products; of attention's own where torch counts them, not on a CPU."""
         with FlopCounterMode(display=False) as counter:
             self.forward(inputs)
         return counter.get_total_flops() / self.tokens

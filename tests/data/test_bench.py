@@ -75,7 +75,7 @@ def test_the_bare_forward_is_the_targets_own_without_hooks(subject: Subject) -> 
     assert any(module._forward_hooks for module in find_decoder(subject.target.model, "").modules())
     assert subject.bare.embed_tokens.weight.data_ptr() == subject.target.head.embedding.data_ptr()
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # attention's four matrices, and the MLP's three
-    assert subject.flop_per_token(inputs) > 2 * 8 * layer
+    assert subject.flop_per_token(inputs) >= 2 * 8 * layer
 
 
 @pytest.mark.usefixtures("quick")
