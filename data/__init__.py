@@ -27,7 +27,7 @@ module             what it does
 ``checks``         whether recorded states can be the target's
 ``quantise``       states in FP8 with scales
 ``shards``         one shard: written, published, mapped
-``mapped``         parts of mapped files, read in large blocks
+``mapped``         views of mapped files, brought into memory while others are read
 ``index``          who the samples of a shard or a store are
 ``store``          the contract with the trainer: manifest and reader
 ``spool``          a store that is read while it is recorded, and never larger than a few shards

@@ -1,7 +1,7 @@
-"""Views of mapped files, brought into memory by large reads before they are touched.
+"""Views of mapped files, brought into memory by other threads while somebody reads the first of them.
 
-Whoever touches a mapped page that is not in memory waits for it and for a few of its neighbours, a hundred kilobytes at a
-time. A file that is read in large blocks keeps its disk busy (``python -m eagle3.data.bench.reading``).
+Whoever touches a page that is not in memory waits for it and its neighbours, and the disk then waits until the next one
+is touched: `python -m eagle3.data.bench.reading` measures it.
 """
 
 from __future__ import annotations
@@ -9,40 +9,52 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from contextlib import suppress
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from torch import Tensor
 
-BLOCK = 1 << 20
+LEAST = 1 << 18  # bytes for which another thread is worth its while
+THREADS = 4  # disks want several reads at a time
+POPULATE_READ = 22  # MADV_POPULATE_READ, of Linux 5.14 and later
+
 _LIBC = ctypes.CDLL(None)
+_LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _LIBC.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-_scratch = memoryview(bytearray(BLOCK))  # what is read is in memory then, and is not looked at here
+_threads = ThreadPoolExecutor(THREADS)
+
+
+def bring(view: Tensor) -> None:
+    """Begin to read what is not in memory of a contiguous view of a mapped file, and return.
+
+    What cannot be read in advance, as on other systems, is read when it is touched.
+    """
+    if view.nbytes >= LEAST:
+        _threads.submit(_bring, view)
 
 
 def resident(view: Tensor) -> float:
-    """The share of the pages of ``view``, contiguous and of a mapped file, that are in memory."""
+    """The share of the pages of a contiguous view of a mapped file that are in memory; 0 where the system does not say."""
+    start, length = _pages(view)
+    found = np.zeros(-(-length // mmap.PAGESIZE), dtype=np.uint8)
+    _LIBC.mincore(start, length, found.ctypes.data)
+    return float((found & 1).mean())
+
+
+def _bring(view: Tensor) -> None:
+    if resident(view) < 1:
+        _LIBC.madvise(*_pages(view), POPULATE_READ)
+
+
+def _pages(view: Tensor) -> tuple[int, int]:
+    """Where its first page begins, and the bytes from there to its end."""
     start = view.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = view.data_ptr() + view.nbytes - start
-    pages = np.empty(-(-length // mmap.PAGESIZE), dtype=np.uint8)
-    if _LIBC.mincore(start, length, pages.ctypes.data):
-        return 1.0  # it is not known, as of a file that belongs to another user
-    return float((pages & 1).mean()) if len(pages) else 1.0
+    return start, view.data_ptr() + view.nbytes - start
 
 
-def fetch(view: Tensor, path: Path, offset: int) -> None:
-    """Read into memory what of ``view`` is not there; it is mapped from ``path``, ``offset`` bytes from its beginning.
+def _renew() -> None:
+    global _threads
+    _threads = ThreadPoolExecutor(THREADS)
 
-    A file that can no longer be opened is left to whoever touches the view.
-    """
-    if resident(view) == 1.0:
-        return
-    end = offset + view.nbytes
-    with suppress(OSError):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            while offset < end and (read := os.preadv(file, [_scratch[: end - offset]], offset)):
-                offset += read
-        finally:
-            os.close(file)
+
+os.register_at_fork(after_in_child=_renew)  # threads stay behind

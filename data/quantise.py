@@ -43,7 +43,7 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
     exact = states.float()
     scale = (exact.abs().amax(-1) / LARGEST).clamp_min(SMALLEST_SCALE)
     # A quotient may round above the largest value, which not every device's cast saturates.
-    return (exact / scale[..., None]).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    return (exact / scale[..., None]).clamp_(-LARGEST, LARGEST).to(E4M3), scale
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:

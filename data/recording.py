@@ -113,8 +113,8 @@ class Recording:
         behind, written = deque[Future[None]](), deque[Future[ShardEntry]]()
         with (
             closing(self.recorder.record(batches)) as states,
-            ThreadPoolExecutor(1) as checker,
-            ThreadPoolExecutor(WRITERS) as writers,
+            self._threads(1) as checker,
+            self._threads(WRITERS) as writers,
         ):
             for number, planned in shards.items():
                 shard = Filling([self.answers[sample] for batch in planned for sample in batch])
@@ -135,6 +135,20 @@ class Recording:
                     break
             for shard_written in written:
                 yield shard_written.result()
+
+    @contextmanager
+    def _threads(self, count: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads each of which keeps to one core where the target runs on all of them.
+
+        The target's own wait for each other at every step, and so for whoever else has a core of theirs.
+        """
+        own = torch.get_num_threads()
+        cores = 1 if isinstance(self.target, Target) else own
+        try:
+            with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores,)) as threads:
+                yield threads
+        finally:
+            torch.set_num_threads(own)  # it is also what later threads begin with
 
     def _ids(self, sample: int) -> np.ndarray:
         return np.array(self.answers[sample].ids, dtype=np.int32)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .files import FileEntry, check_size, damaged, encode_json, read_tensors, sha256, tensor_file, write_atomic
 from .index import Index
-from .mapped import fetch
+from .mapped import bring
 from .quantise import decode
 
 HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
@@ -140,13 +140,11 @@ class Shard:
     Args:
         path: its file.
         tensors: those of ``[N, ...]``, views of the mapped file.
-        places: where each begins in the file.
         index: who its samples are.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Tensor], places: Mapping[str, int], index: Index) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Tensor], index: Index) -> None:
         self.path, self.tensors, self.index = path, tensors, index
-        self._places = places
 
     @classmethod
     def open(cls, folder: Path, entry: ShardEntry) -> Shard:
@@ -177,9 +175,7 @@ class Shard:
             or counts != (entry.samples, *[entry.tokens] * len(packed))
         ):
             raise damaged(path, problem or "its counts are not those that were recorded")
-        begin, described = HEADER_LENGTH + len(header), json.loads(header)
-        places = {name: begin + described[name]["data_offsets"][0] for name in packed}
-        return cls(path, packed, places, index)
+        return cls(path, packed, index)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -191,7 +187,7 @@ class Shard:
     def __getitem__(self, row: int) -> StoreSample:
         start, end = self.index.offsets[row : row + 2].tolist()
         stored = {name: tensor[start:end] for name, tensor in self.tensors.items()}
-        for name, view in stored.items():
-            fetch(view, self.path, self._places[name] + start * view[0].nbytes)
+        for view in stored.values():
+            bring(view)
         states = (decode(name, stored) for name in ("features", "last_hidden"))
         return StoreSample(*self.index.identity(row), stored["input_ids"], stored["loss_mask"], *states)

@@ -9,7 +9,7 @@ of ``BLOCK`` into one buffer, with the system told that it is sequential; and al
 
 Cold: the files were synced and the system dropped them from its memory, which is asked whether it did; what the disk
 itself, or the host of a virtual machine, still holds is beyond its knowledge. Warm: all is in memory, and the store
-newly opened. Again: the same store once more, its pages mapped. One thread reads, also where it could be more.
+newly opened. Again: the same store once more, its pages mapped. One thread copies.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ LIMIT = 0.8  # performance.md's: the least of the sequential read's speed
 BLOCK = 1 << 20
 SHARD_TOKENS = 8192
 COLD = 0.01  # most of a cold file that may be in memory
+PATIENCE_S = 5.0  # until threads that still read have let go of it
 STATES = ("features", "last_hidden")
 
 
@@ -206,21 +208,28 @@ def sequential(paths: Sequence[Path]) -> None:
 
 
 def drop(paths: Sequence[Path]) -> None:
-    """Make the system forget what it holds of files that nobody maps.
+    """Make the system forget what it holds of files, once nobody maps them any more.
 
     Raises:
         UserError: it does not, as of files that it has nowhere else.
     """
-    gc.collect()
     for path in paths:
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
-        held = resident(torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8))
-        if held > COLD:
-            problem = f"{held:.0%} of a file there stays in memory"
-            raise UserError("--folder", path.parent, problem, "choose a folder on a disk")
+        end = time.monotonic() + PATIENCE_S
+        while (held := _forget(path)) > COLD:
+            if time.monotonic() > end:
+                problem = f"{held:.0%} of a file there stays in memory"
+                raise UserError("--folder", path.parent, problem, "choose a folder on a disk")
+            gc.collect()
+            time.sleep(0.01)
+
+
+def _forget(path: Path) -> float:
+    """Drop what is in memory of a file; returns the share of it that is there nevertheless."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+    return resident(torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from eagle3.configs.settings import RecordSettings
+from eagle3.data.chat import PLACEHOLDER, continuation, prompt_ids
+from eagle3.data.conversations import Conversation
 from eagle3.data.planning import Batch, plan
+from transformers import AutoTokenizer
+
+SHARED = Path(__file__).parents[2].parent / "shared"
 
 
 def drawn(count: int) -> list[int]:
@@ -47,6 +55,34 @@ def test_less_than_a_twentieth_of_what_is_computed_is_padding(count: int) -> Non
     lengths = drawn(count)
     for settings in (RecordSettings(), RecordSettings(batch_tokens=16384)):
         assert 0 < padding(plan(lengths, settings), lengths) < 0.05
+
+
+@pytest.fixture(scope="module")
+def mt_bench() -> list[list[int]]:
+    """Tokens of MT-bench's questions in Llama-4's format: of the first turns, and with the second ones."""
+    file, tokenizer = SHARED / "benchmarks" / "mt-bench.jsonl", SHARED / "llama4-tokenizer"
+    if not (file.exists() and tokenizer.exists()):
+        pytest.skip("../shared/benchmarks and ../shared/llama4-tokenizer are not there")
+    reader = AutoTokenizer.from_pretrained(tokenizer)
+    lengths = []
+    for turns in (json.loads(line)["turns"] for line in file.open(encoding="utf-8")):
+        talk = Conversation("", "", "test", [{"role": "user", "content": turns[0]}], tuple(turns[1:]))
+        more = continuation(reader, talk, [PLACEHOLDER], turns[1])
+        lengths.append([len(prompt_ids(reader, talk)), len(more)])
+    return lengths
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("answers", [False, True])
+def test_mt_bench_pads_less_than_a_twentieth(mt_bench: list[list[int]], turns: int, answers: bool) -> None:
+    random = np.random.default_rng(0)
+    said = np.minimum(random.lognormal(5.5, 0.7, (len(mt_bench), turns)), 1024).astype(int).sum(1) * answers
+    lengths = [sum(asked[:turns]) + more for asked, more in zip(mt_bench, said.tolist(), strict=True)]
+    assert len(lengths) == 80 and max(lengths) > 5 * min(lengths)
+    shards = plan(lengths, RecordSettings(batch_tokens=8192))
+    assert 0 < padding(shards, lengths) < 0.05
+    batches = [batch for shard in shards for batch in shard]
+    assert len(batches) < len(lengths) / (1 if answers else 2)  # not by giving each sample a batch
 
 
 def test_shards_hold_short_and_long_samples() -> None:

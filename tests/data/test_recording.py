@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.settings import Settings
 from eagle3.data import recording
@@ -19,6 +21,7 @@ from eagle3.data.record import record
 from eagle3.data.recorders import States, TransformersRecorder
 from eagle3.data.shards import ShardEntry
 from eagle3.models.target import Target
+from eagle3.models.target_files import load_ends
 
 
 class Watched(TransformersRecorder):
@@ -176,3 +179,34 @@ def test_a_recorder_that_ends_early_is_told(answered: Path, recipe: Settings, ti
     with pytest.raises(Incomplete, match=r"gave the states of 1 sequences for \d+; it is at fault"):
         record(recipe, answered, tiny_target, Short(tiny_target))
     assert shards(answered) == []
+
+
+def test_the_others_leave_the_targets_cores_alone(
+    answered: Path, recipe: Settings, tiny_target: Target, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = dict[str, set[int]]()
+    for name in ("check_states", "publish"):
+        real = getattr(recording, name)
+
+        def noted(*arguments: object, name: str = name, real: Callable = real) -> object:
+            cores.setdefault(name, set()).add(torch.get_num_threads())
+            return real(*arguments)
+
+        monkeypatch.setattr(recording, name, noted)
+    watched.each = lambda run: cores.setdefault("target", set()).add(torch.get_num_threads())
+    later = list[int]()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        record(recipe, answered, tiny_target, watched)
+        asking = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        asking.start()
+        asking.join()
+        assert cores == {"target": {3}, "check_states": {1}, "publish": {1}}
+        assert later == [3] and torch.get_num_threads() == 3
+        cores.clear()
+        shutil.rmtree(answered / "store")
+        record(recipe, answered, load_ends(recipe.target), watched)  # elsewhere than on these cores
+        assert cores["check_states"] == {3}
+    finally:
+        torch.set_num_threads(before)

@@ -214,6 +214,15 @@ def test_several_threads_share_what_a_server_takes(
     assert list(folder.iterdir()) == []
 
 
+def test_a_server_does_not_wait_for_the_end_of_a_batch(
+    serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], tiny_target: Target
+) -> None:
+    server, asked = serve(), sequences(12)
+    server.delay = 0.02
+    same(list(recorder(server).record([ids] for ids in asked)), asked, tiny_target)
+    assert server.most_at_once == 3
+
+
 def test_it_runs_ahead_of_its_reader_no_further_than_it_says(
     serve: Callable[..., StubServer], recorder: Callable[..., VllmRecorder], folder: Path
 ) -> None:
