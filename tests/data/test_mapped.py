@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import multiprocessing
 import os
 import resource
@@ -70,13 +69,14 @@ def test_what_is_in_memory_is_mapped_ahead(cold: Tensor, tmp_path: Path) -> None
     (tmp_path / "file").read_bytes()
     rows = cold[700:1300]
     assert resident(rows) == 1
-    torch.zeros_like(rows).amax()  # which has pages of its own
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    mapped._bring(rows)
-    brought = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    assert rows.amax() > 0
-    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - brought < 10 < rows.nbytes // mmap.PAGESIZE // 16
-    assert brought - before < 10
+    faults = []
+    for view in (torch.zeros_like(rows), cold[:600], rows):  # the first only calls all that is called
+        if view is rows:
+            mapped._bring(rows)
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        view.amax()
+        faults.append(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+    assert faults[2] < faults[1] / 2
 
 
 def test_little_is_left_to_whoever_touches_it(cold: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
