@@ -30,7 +30,7 @@ from ..models.rollout import RolloutBatch
 from .samples import Batch, Pass, check_finite
 
 SOME_TOKENS = 16384
-POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
+POOL = 16  # batches among whose samples neighbours in length are sought: a CPU's attention pads to the longest
 
 
 def plan_pass(lengths: Sequence[int], batch_tokens: int, seed: int, number: int) -> list[tuple[int, ...]]:
