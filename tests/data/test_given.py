@@ -189,7 +189,7 @@ def test_the_others_stay_as_they_are(mine: Settings, reasoning: Target, tmp_path
     prepare(mine, tmp_path / "kept", reasoning.text)
     prepare(other, tmp_path / "anew", reasoning.text)
     assert notes(tmp_path / "anew") == {UNUSED: 10}
-    kept, anew = (read_conversations(tmp_path / name / PROMPTS) for name in ("kept", "anew"))
+    kept, anew = (list(read_conversations(tmp_path / name / PROMPTS)) for name in ("kept", "anew"))
     assert [conversation._replace(given=()) for conversation in kept] == anew
     assert {conversation.id for conversation in kept if conversation.given} == SAID.keys()
     assert prepared(mine, tmp_path / "kept")
