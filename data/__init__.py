@@ -31,7 +31,8 @@ module             what it does
 ``shards``         one shard: written, published, mapped
 ``mapped``         views of mapped files, brought into memory while others are read
 ``index``          who the samples of a shard or a store are
-``store``          the contract with the trainer: manifest and reader
+``manifest``       what a store was made from and holds, and whether the files are those
+``store``          the contract with the trainer, and its reader
 ``spool``          a store that is read while it is recorded, and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``verification``   whether files are what was written, many read at once

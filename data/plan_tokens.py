@@ -24,9 +24,9 @@ from .chat import tokenizer_hash, tokens_between
 from .conversations import PROMPTS, written
 from .files import check_size, read_tensors
 from .index import Index
+from .manifest import INDEX, MANIFEST, read_manifest
 from .prepare import LIBRARY
 from .prepare import SUMMARY as CHOSEN
-from .store import INDEX, MANIFEST, read_manifest
 
 ASSUMED_BETWEEN = 16  # more than the ten or so of Llama's and Qwen's templates
 
