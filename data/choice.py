@@ -136,10 +136,12 @@ class _Hand:
     def __init__(self, size: int) -> None:
         self.size, self._held = size, 0
         self._sources: dict[str, list[_Held]] = {}  # heaps, the last in order on top
+        self._lengths: Counter[str] = Counter()  # of them, without those that were dropped
+        self._dropped: set[int] = set()  # the places of those that are in a heap still, though never on top
         self._longest: list[tuple[int, _Last]] = []  # heap of (-conversations, source); what no longer holds is skipped
 
     def __iter__(self) -> Iterator[_Held]:
-        return (held for heap in self._sources.values() for held in heap)
+        return (held for heap in self._sources.values() for held in heap if held.place not in self._dropped)
 
     def has_room(self, source: str, key: int) -> bool:
         """Whether a conversation of ``source`` would be kept if it were taken."""
@@ -147,42 +149,41 @@ class _Hand:
             return True
         if self.size == 0:
             return False
-        heap = self._sources.get(source, [])
         longest, last = self._last_source()
-        if (longest, last) > (len(heap) + 1, source):
+        if (longest, last) > (self._lengths[source] + 1, source):
             return True
-        return bool(heap) and key > heap[0].key
+        return source in self._sources and key > self._sources[source][0].key
 
     def take(self, new: _Held) -> _Held | None:
         """Keep ``new``; returns the one that had to go for it, or None."""
         heapq.heappush(self._sources.setdefault(new.source, []), new)
-        self._held += 1
-        self._note_length(new.source)
+        self._count(new.source, 1)
         if self._held <= self.size:
             return None
         _, source = self._last_source()
-        last = heapq.heappop(self._sources[source])
-        self._held -= 1
-        self._note_length(source)
+        last = self._sources[source][0]
+        self.drop(last)
         return last
 
     def drop(self, held: _Held) -> None:
         """Let one go that was taken."""
+        self._dropped.add(held.place)
         heap = self._sources[held.source]
-        heap.remove(held)
-        heapq.heapify(heap)
-        self._held -= 1
-        self._note_length(held.source)
+        while heap and heap[0].place in self._dropped:
+            self._dropped.remove(heapq.heappop(heap).place)
+        self._count(held.source, -1)
 
-    def _note_length(self, source: str) -> None:
-        if length := len(self._sources[source]):
+    def _count(self, source: str, more: int) -> None:
+        self._held += more
+        self._lengths[source] += more
+        if length := self._lengths[source]:
             heapq.heappush(self._longest, (-length, _Last(source)))
         else:
-            del self._sources[source]
+            del self._sources[source], self._lengths[source]
 
     def _last_source(self) -> tuple[int, str]:
         """The source whose last conversation is dealt last of all, and how many it has."""
-        while len(self._sources.get(self._longest[0][1], ())) != -self._longest[0][0]:
+        while self._lengths[self._longest[0][1]] != -self._longest[0][0]:
             heapq.heappop(self._longest)
         length, source = self._longest[0]
         return -length, str(source)

@@ -29,6 +29,11 @@ def place_of(name: str) -> int:
     return Conversation(name, "", "", []).order
 
 
+def rank(conversation: Conversation) -> tuple[int, int]:
+    """Of two copies the lower is kept."""
+    return -SPLITS.index(conversation.split), conversation.order
+
+
 def make(number: int, split: str, source: str, text: str = "") -> Conversation:
     return Conversation(f"id {number}", source, split, [{"role": "user", "content": text or f"Question {number}?"}])
 
@@ -85,6 +90,30 @@ def test_it_chooses_what_sorting_everything_would(spill: Spill, sources: int, se
     assert notes.total() + len(chosen) == len(found)
     draw.shuffle(found)
     assert choose(spill, found)[0] == chosen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_repeated_ones_it_chooses_what_sorting_the_others_would(spill: Spill, seed: int) -> None:
+    draw = random.Random(seed)
+    found = [
+        make(number, draw.choices(SPLITS, (8, 1, 1))[0], f"source {draw.randrange(3)}", f"{draw.randrange(900)}?")
+        for number in range(1000)
+    ]
+    asked = {"train": 400, "validation": 30, "test": 30}
+    kept: dict[str, Conversation] = {}
+    for new in found:
+        kept[text] = min(kept.get(text := new.messages[0]["content"], new), new, key=rank)
+    notes: Counter[str] = Counter()
+    choice = Choice(asked, lambda conversation: None, notes, spill)
+    for conversation in found:
+        choice.offer(Found(conversation, ""))
+    expected: list[Conversation] = []
+    for split in SPLITS:
+        expected += sorted(
+            itertools.islice(deal(c for c in kept.values() if c.split == split), asked[split]), key=order_of
+        )
+    assert chosen_of(choice, spill) == expected
+    assert notes.total() + len(expected) == len(found) and notes[REPEATED] > 300
 
 
 def test_no_more_is_held_or_looked_at_than_is_needed(spill: Spill) -> None:
