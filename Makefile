@@ -43,6 +43,7 @@ check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 bench: $(VENV)/package ## recording, reading and decoding again, each beside what it cannot be faster than
 	@$(BIN)/python -m eagle3.data.bench.recording
 	@$(BIN)/python -m eagle3.data.bench.reading --dtypes bfloat16 float8_e4m3fn
+	@$(BIN)/python -m eagle3.train.bench.memory
 	@rm -rf runs/tiny/eval
 	@$(BIN)/eagle3 run configs/tiny.yaml
 

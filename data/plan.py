@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from ..configs.errors import UserError
 from ..configs.settings import RecordSettings, Settings
-from ..models import costs
-from ..models.costs import Micro
+from ..models import costs, kernels
 from ..models.draft import DraftConfig
+from ..models.memory import Micro, Numbers, memory, states
 from ..models.shapes import TargetShape, draft_config
 from ..models.target_files import read_shape
 from .files import encode_json
@@ -39,6 +39,7 @@ OPTIONS = {
     "train": "--train-tokens-per-s",
 }
 STAGES = (None, 0, 1, 2, 3)  # ZeRO's, None: without DeepSpeed
+AUTOCAST, HALF, FULL = (4, 2), (2, 2), (4, 4)  # bytes of a number of the head's weights, and of what it computes
 
 
 class Speeds(NamedTuple):
@@ -172,25 +173,29 @@ def _memory(settings: Settings, shape: TargetShape, longest: int, gpus: int) -> 
 def _training_memory(
     settings: Settings, config: DraftConfig, tokens: Tokens, stored: int, gpus: int
 ) -> dict[str, dict[str, int]]:
-    """Bytes on each GPU while the head is trained, by ZeRO stage and purpose.
+    """Bytes on each GPU while the head is trained, by what trains it and purpose; last of a process on a CPU.
 
     Where answers are measured, their share of a micro-batch is; else every token of it may be an answer's.
     """
     share = tokens.answer / max(1, tokens.all) if tokens.measured else 1.0
     batch = max(settings.train.batch_tokens // (gpus * settings.train.accumulation), tokens.longest)
     length = round(tokens.most_said / share)  # of a sample with the longest answers and that share
-    micro = Micro(batch, round(batch * share), length)
+    rows = (round(batch * share),) * settings.train.ttt_steps
+    micro = Micro(batch, rows, math.ceil(batch / length), length, tokens.most_said)
+    recorded = settings.record.features_dtype, settings.record.last_hidden_dtype
+    read, ends = max(BYTES[name] for name in (*recorded, "bfloat16")), BYTES[settings.target.dtype]
+    accumulating = settings.train.accumulation > 1
     found = {}
     for stage in STAGES:
-        width = BYTES["float32" if stage is None else "bfloat16"]
-        held = {
-            "weights, gradients, optimiser": costs.state_bytes(costs.parameters(config), stage, gpus),
-            "the target's ends": costs.constant_bytes(config),
-            "batch": costs.batch_bytes(config, micro, stored),
-            **costs.activation_bytes(config, micro, settings.train.ttt_steps, width)._asdict(),
-        }
-        name = "float32, no DeepSpeed" if stage is None else f"bfloat16, ZeRO-{stage}"
-        found[name] = held | {"all": sum(held.values())}
+        fused = stage != 3 and kernels.fits(config.head_dim)  # what else they refuse, no recipe asks for
+        held, numbers = states(config, stage, gpus), Numbers(*(AUTOCAST if stage is None else HALF), read, ends)
+        name = "bfloat16, no DeepSpeed" if stage is None else f"bfloat16, ZeRO-{stage}"
+        found[f"{name}, {'kernels' if fused else 'plain'}"] = memory(
+            config, micro, held, numbers, fused, 0, accumulating
+        )
+    beside = TOKEN - 1 + (stored if "float8_e4m3fn" in recorded else 0)
+    held, numbers = states(config, None, 1, cpu=True), Numbers(*FULL, read, BYTES["float32"])
+    found["float32 on a CPU, plain"] = memory(config, micro, held, numbers, False, beside, accumulating)
     return found
 
 

@@ -74,7 +74,7 @@ def _target_memory(plan: Plan) -> list[str]:
 
 
 def _head_memory(plan: Plan) -> list[str]:
-    title = f"memory   on each of {plan.gpus} GPUs for training the head, an estimate"
+    title = f"memory   on each of {plan.gpus} GPUs for training the head; parts at their largest, all at its own"
     parts = next(iter(plan.training_memory.values()))
     rows = [(name, *(in_bytes(taken) for taken in held.values())) for name, held in plan.training_memory.items()]
     return [title, *_table([("", *parts), *rows])]

@@ -64,13 +64,18 @@ def refusal(draft: Eagle3Draft) -> str | None:
     width, dtype = draft.config.head_dim, str(draft.fc.weight.dtype).removeprefix("torch.")
     if find_spec("triton") is None:
         return "Triton is not installed; install eagle3[gpu]"
-    if width < 16 or width & (width - 1):
+    if not fits(width):
         return f"draft.head_dim = {width} is not a power of two from 16 on"
     if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
     if not draft.fc.weight.numel():
         return "ZeRO's stage 3 shards the head; stages 0 to 2 do not"
     return None
+
+
+def fits(width: int) -> bool:
+    """Whether there are kernels for heads of that width."""
+    return width >= 16 and not width & (width - 1)
 
 
 def load() -> Any:

@@ -106,9 +106,22 @@ def test_memory_of_maverick(flagship: Plan) -> None:
     pairs = 64 * 2000 * 48 * 2 * 8 * 128 * 2
     assert flagship.memory["regenerate"] - flagship.memory["weights"] == pairs // 8
     assert flagship.memory["record"] - flagship.memory["weights"] == 16_384 * 5120 * 7 * 2
-    by_stage = [held["all"] for held in flagship.training_memory.values()]
-    assert by_stage == sorted(by_stage, reverse=True)
-    assert all(held["the target's ends"] == 2 * 202_048 * 5120 * 4 for held in flagship.training_memory.values())
+    held = flagship.training_memory
+    assert list(held) == [
+        "bfloat16, no DeepSpeed, kernels",
+        *(f"bfloat16, ZeRO-{stage}, {'plain' if stage == 3 else 'kernels'}" for stage in range(4)),
+        "float32 on a CPU, plain",
+    ]
+    states = [each["weights"] + each["gradients"] + each["optimiser"] for each in held.values()]
+    assert states[1:5] == sorted(states[1:5], reverse=True)
+    one = 2 * 202_048 * 5120
+    assert [each["the target's ends"] // one for each in held.values()] == [2] * 5 + [4]
+    for each in held.values():
+        assert (
+            max(size for name, size in each.items() if name != "all")
+            < each["all"]
+            <= sum(each.values()) - each["all"] + 4e9
+        )
 
 
 def test_hours_are_told_for_speeds_that_are_given(flagship: Plan) -> None:
@@ -211,7 +224,9 @@ def test_a_conversation_that_is_longer_than_a_batch_is_one(maverick: Path, tmp_p
     longest = 4096 + 2000
     assert plan.tokens["longest"] == longest
     assert plan.memory["record"] - plan.memory["weights"] == longest * 5120 * 7 * 2
-    assert {held["batch"] for held in plan.training_memory.values()} == {longest * (20_496 + 9)}
+    batches = [held["batch"] for held in plan.training_memory.values()]
+    read = longest * (40_960 + 9) + 4 * 8  # four answers of 2,000 fill it
+    assert batches == [read] * 5 + [read + longest * (20_496 + 4)]  # a CPU's is decoded beside what is stored
 
 
 @pytest.mark.usefixtures("brief")
