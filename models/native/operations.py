@@ -1,11 +1,10 @@
 """The arithmetic of a decoder in plain torch: the reference, and what runs where no faster kernel is chosen.
 
-A decoder calls these few methods and no other arithmetic, so a kernel is chosen by overriding one of them. None waits
-for an accelerator, and all shapes are known from the shapes of what is given, but for those of :meth:`Operations.routed`
-over many tokens in numerics without a grouped product.
+A decoder calls these few methods and no other arithmetic, so a kernel is chosen by overriding one of them. None of them
+waits for an accelerator, except float32 experts over many tokens (:mod:`.experts`).
 
 Shape suffixes: T new tokens, N heads, M key/value heads, G = N / M, W head width, C half of it, H hidden, S keys, I width
-of an MLP, E experts, K experts of a token, R = T * K.
+of an MLP, K experts of a token, R = T * K.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from .cache import Cache
 from .config import DecoderConfig, LayerConfig
+from .experts import gated, routed
 from .sights import Blocks, Step, Window
 from .weights import Dense, Experts
-
-FEW = 8  # tokens for which an accelerator gathers their experts' weights instead of sorting them by expert
 
 
 class Rotation:
@@ -61,7 +59,7 @@ class Operations:
 
     def norm(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
         """RMSNorm, computed in float32. ``[T, H]`` to ``[T, H]``."""
-        if x_TH.is_cuda:
+        if x_TH.device.type != "cpu":
             return F.rms_norm(x_TH, weight_H.shape, weight_H, self.config.rms_norm_eps)
         wide_TH = x_TH.float()
         return (wide_TH / self._mean_square_root(wide_TH)).mul_(weight_H).to(x_TH.dtype)
@@ -95,7 +93,7 @@ class Operations:
 
     def mlp(self, x_TH: Tensor, weights: Dense) -> Tensor:
         """SwiGLU, ``[T, H]`` to ``[T, H]``."""
-        return F.linear(self._gated(F.linear(x_TH, weights.gate_up)), weights.down)
+        return F.linear(gated(F.linear(x_TH, weights.gate_up)), weights.down)
 
     def experts(self, x_TH: Tensor, weights: Experts) -> Tensor:
         """The shared expert and those that each token is routed to, ``[T, H]`` to ``[T, H]``.
@@ -105,31 +103,10 @@ class Operations:
         top = F.linear(x_TH, weights.router).topk(self.config.top_k, -1)
         score_TK = top.values.float().sigmoid_().to(x_TH.dtype)
         scaled_RH = x_TH if self.config.top_k == 1 else x_TH.repeat_interleave(self.config.top_k, 0)
-        routed_RH = self.routed(scaled_RH * score_TK.view(-1, 1), top.indices.view(-1), weights)
+        routed_RH = routed(scaled_RH * score_TK.view(-1, 1), top.indices.view(-1), weights)
         if self.config.top_k > 1:
             routed_RH = routed_RH.unflatten(0, (-1, self.config.top_k)).sum(1)
         return self.mlp(x_TH, weights.shared).add_(routed_RH)
-
-    def routed(self, x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
-        """Each row through its expert alone, ``[R, H]`` to ``[R, H]``."""
-        count = len(x_RH)
-        if x_RH.is_cuda and count <= FEW:
-            gate_up_RI1 = torch.bmm(weights.gate_up[expert_R], x_RH[:, :, None])
-            return torch.bmm(weights.down[expert_R], self._gated(gate_up_RI1[..., 0])[:, :, None])[..., 0]
-        if count == 1:
-            expert = int(expert_R)  # on a CPU: nothing waits
-            return F.linear(self._gated(F.linear(x_RH, weights.gate_up[expert])), weights.down[expert])
-        sorted_R, order_R = expert_R.sort(stable=True)
-        product = _grouped if x_RH.is_cuda and x_RH.dtype == torch.bfloat16 else _looped
-        ends_E = torch.searchsorted(sorted_R, torch.arange(len(weights.router), device=x_RH.device), right=True)
-        inner_RI = self._gated(product(x_RH[order_R], weights.gate_up, ends_E))
-        out_RH = torch.empty_like(x_RH)
-        out_RH[order_R] = product(inner_RI, weights.down, ends_E)
-        return out_RH
-
-    def _gated(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate).mul_(up)
 
     def _mean_square_root(self, x: Tensor) -> Tensor:
         """``sqrt(mean(x ** 2) + eps)`` over the last dimension, in three operations where rms_norm takes eight."""
@@ -183,18 +160,3 @@ def frequencies(config: DecoderConfig) -> Tensor:
     waves_C = scaling.original * plain_C / (2 * torch.pi)  # that fit into the original context
     kept_C = ((waves_C - scaling.low) / (scaling.high - scaling.low)).clamp(0.0, 1.0)
     return plain_C * (kept_C + (1.0 - kept_C) / scaling.factor)
-
-
-def _grouped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    return F.grouped_mm(x_RI, weight_EOI.mT, offs=ends_E.int())
-
-
-def _looped(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Row by row of expert 0, then 1, ...; asks for the counts, so an accelerator waits."""
-    out_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        if end > start:
-            torch.mm(x_RI[start:end], weight_EOI[expert].t(), out=out_RO[start:end])
-        start = end
-    return out_RO
