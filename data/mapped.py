@@ -25,9 +25,9 @@ _threads = ThreadPoolExecutor(THREADS)
 
 
 def bring(view: Tensor) -> None:
-    """Begin to read what is not in memory of a contiguous view of a mapped file, and return.
+    """Begin to read a contiguous view of a mapped file, and to map what was read, and return.
 
-    What cannot be read in advance, as on other systems, is read when it is touched.
+    What cannot be had in advance, as on other systems, is read when it is touched.
     """
     if view.nbytes >= LEAST:
         _threads.submit(_bring, view)
@@ -42,8 +42,7 @@ def resident(view: Tensor) -> float:
 
 
 def _bring(view: Tensor) -> None:
-    if resident(view) < 1:
-        _LIBC.madvise(*_pages(view), POPULATE_READ)
+    _LIBC.madvise(*_pages(view), POPULATE_READ)
 
 
 def _pages(view: Tensor) -> tuple[int, int]:

@@ -22,6 +22,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float8_e4m3fn":
 LARGEST = torch.finfo(E4M3).max
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 SCALE = "{name}_scale"
+#: Every code's value: looking it up is several times as fast as a CPU's cast.
+VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
+#: Values decoded at once: in float32, they stay in a core's cache, or are enough work for a GPU.
+CHUNK, CHUNK_CUDA = 1 << 16, 1 << 24
 
 
 def encode(name: str, states: Tensor, dtype: str) -> dict[str, Tensor]:
@@ -47,8 +51,25 @@ def quantise(states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(values: Tensor, scale: Tensor) -> Tensor:
-    """``values * scale`` as bfloat16 ``[..., H]``."""
-    return (values.float() * scale[..., None]).bfloat16()
+    """``values [..., H] * scale [...]``, taken in float32, as bfloat16 ``[..., H]``."""
+    out = torch.empty_like(values, dtype=torch.bfloat16)
+    rows, scales, into = values.reshape(-1, values.shape[-1]), scale.reshape(-1, 1), out.view(-1, values.shape[-1])
+    count = max(1, (CHUNK_CUDA if values.is_cuda else CHUNK) // values.shape[-1])
+    for chunk, by, place in zip(rows.split(count), scales.split(count), into.split(count), strict=True):
+        place.copy_(_widened(chunk).mul_(by))
+    return out
+
+
+def codes(tensor: Tensor) -> Tensor:
+    """A tensor in FP8 as bytes, which are copied faster; any other as it is."""
+    return tensor.view(torch.uint8) if tensor.dtype is E4M3 else tensor
+
+
+def _widened(values: Tensor) -> Tensor:
+    """E4M3 as float32."""
+    if values.is_cuda:
+        return values.float()
+    return VALUES.index_select(0, codes(values).flatten().int()).view(values.shape)
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
     entry = publish(folder, 7, recording, index, packed, greedy_tokens, disagreeing)
                                                            # shard-00007.json, then shard-00007.safetensors
     shard = Shard.open(folder, entry)
-    shard[0]                                               # StoreSample; bfloat16 and float32 states are mapped
+    shard[0]                                               # StoreSample; its states are mapped
 
 A shard is readable by itself, without a manifest and whatever became of the others.
 
@@ -27,11 +27,12 @@ from .quantise import decode
 
 HEADER_LENGTH = 8  # bytes of a safetensors file that hold the length of what follows
 PATTERN = "shard-*.safetensors"
+STATES = ("features", "last_hidden")
 DISAGREEING = "disagreeing"  # in a shard's metadata too, where its checksum covers it
 
 
 class StoreSample(NamedTuple):
-    """One conversation with the target's states, in bfloat16 or float32."""
+    """One conversation with the target's states: ``stored`` as the shard has them, mapped and not copied."""
 
     id: str
     source: str
@@ -39,8 +40,17 @@ class StoreSample(NamedTuple):
     temperature: float
     input_ids: Tensor  # [T] int32
     loss_mask: Tensor  # [T] bool
-    features: Tensor  # [T, F, H]
-    last_hidden: Tensor  # [T, H]
+    stored: Mapping[str, Tensor]  # of STATES, and where they are in FP8 their scales
+
+    @property
+    def features(self) -> Tensor:
+        """``[T, F, H]`` in bfloat16 or float32; those in FP8 are decoded whenever this is asked for."""
+        return decode("features", self.stored)
+
+    @property
+    def last_hidden(self) -> Tensor:
+        """``[T, H]``, likewise."""
+        return decode("last_hidden", self.stored)
 
 
 @dataclass(frozen=True)
@@ -189,5 +199,5 @@ class Shard:
         stored = {name: tensor[start:end] for name, tensor in self.tensors.items()}
         for view in stored.values():
             bring(view)
-        states = (decode(name, stored) for name in ("features", "last_hidden"))
-        return StoreSample(*self.index.identity(row), stored["input_ids"], stored["loss_mask"], *states)
+        ids, mask = stored.pop("input_ids"), stored.pop("loss_mask")
+        return StoreSample(*self.index.identity(row), ids, mask, stored)

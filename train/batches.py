@@ -3,33 +3,34 @@
     schedule = Schedule(samples.passes, samples.lengths, batch_tokens=4096, seed=0)
     for batch in schedule.from_step(0):                      # Batch(step=1, epoch=0, samples=(17, 3, ...)), ...
         parts = divide(batch.samples, rows, ranks * accumulation)    # supervised rows of each sample
-        collate([samples[index] for index in parts[rank]])   # RolloutBatch
+        collate([samples[index] for index in parts[rank]]).on(device)    # RolloutBatch
 
 The batches of a pass are a pure function of seed, pass, lengths and ``batch_tokens``. How many ranks and accumulation
 steps share one only decides how it is divided, so a run may go on with another number of them.
 
-Shapes: B batch, T tokens, F captured layers, H hidden.
+Shapes: B samples, N tokens of all of them, F captured layers, H hidden.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from ..data.quantise import codes, decode
 from ..data.shards import StoreSample
 from ..data.store import Store
 from ..models.rollout import RolloutBatch
 from .samples import Batch, Pass, check_finite
 
 SOME_TOKENS = 16384
-POOL = 16  # batches among whose samples neighbours in length are sought: more pad less, and mix less
+POOL = 16  # batches among whose samples neighbours in length are sought: a CPU's attention pads to the longest
 
 
 def plan_pass(lengths: Sequence[int], batch_tokens: int, seed: int, number: int) -> list[tuple[int, ...]]:
@@ -132,8 +133,7 @@ def blank(like: StoreSample) -> StoreSample:
     return like._replace(
         input_ids=like.input_ids[:2],
         loss_mask=nothing,
-        features=like.features[:2],
-        last_hidden=like.last_hidden[:2],
+        stored={name: tensor[:2] for name, tensor in like.stored.items()},
     )
 
 
@@ -152,16 +152,40 @@ def some_states(store: Store) -> tuple[Tensor, Tensor]:
     return torch.cat(states), torch.cat(tokens)
 
 
-def collate(samples: Sequence[StoreSample]) -> RolloutBatch:
-    """Pad samples on the right to the longest, in the store's own numerics.
+class Collated(NamedTuple):
+    """Samples one behind the other, their states as they are stored."""
 
-    Returns:
-        input_ids int64 and loss_mask bool ``[B, T]``, features ``[B, T, F, H]``, last_hidden ``[B, T, H]``, lengths ``[B]``.
+    input_ids: Tensor  # [N] int32
+    loss_mask: Tensor  # [N] bool
+    lengths: Tensor  # [B]
+    stored: dict[str, Tensor]  # of shards.STATES, and where they are in FP8 their scales
+
+    def on(self, device: torch.device) -> RolloutBatch:
+        """The batch there: states in FP8 travel as such, and are decoded where they are used."""
+        ids, mask, lengths = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        stored = {name: tensor.to(device, non_blocking=True) for name, tensor in self.stored.items()}
+        return RolloutBatch(ids.long(), mask, decode("features", stored), decode("last_hidden", stored), lengths)
+
+
+def collate(samples: Sequence[StoreSample], pin: bool = False) -> Collated:
+    """Copy samples out of their shards.
+
+    Args:
+        samples: one or more.
+        pin: whether to copy them into memory that a GPU reads without waiting.
     """
-    return RolloutBatch(
-        input_ids=pad_sequence([sample.input_ids.long() for sample in samples], batch_first=True),
-        loss_mask=pad_sequence([sample.loss_mask for sample in samples], batch_first=True),
-        features=pad_sequence([sample.features for sample in samples], batch_first=True),
-        last_hidden=pad_sequence([sample.last_hidden for sample in samples], batch_first=True),
-        lengths=torch.tensor([len(sample.input_ids) for sample in samples]),
+    lengths = [len(sample.input_ids) for sample in samples]
+    together = partial(_together, pin=pin)
+    return Collated(
+        together([sample.input_ids for sample in samples]),
+        together([sample.loss_mask for sample in samples]),
+        together([torch.tensor(lengths)]),
+        {name: together([sample.stored[name] for sample in samples]) for name in samples[0].stored},
     )
+
+
+def _together(parts: Sequence[Tensor], pin: bool) -> Tensor:
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    whole = torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin)
+    torch.cat([codes(part) for part in parts], out=codes(whole))
+    return whole

@@ -15,7 +15,7 @@ from contextlib import closing
 from threading import Semaphore
 from typing import NamedTuple
 
-from ..models.rollout import RolloutBatch
+from .batches import Collated
 from .samples import Batch
 
 AHEAD = 2  # micro-batches that are loaded and not taken yet
@@ -42,8 +42,8 @@ class Clock:
 
 
 def feed(
-    steps: Iterable[Planned], load: Callable[[tuple[int, ...]], RolloutBatch], clock: Clock
-) -> Iterator[tuple[Planned, Iterator[RolloutBatch]]]:
+    steps: Iterable[Planned], load: Callable[[tuple[int, ...]], Collated], clock: Clock
+) -> Iterator[tuple[Planned, Iterator[Collated]]]:
     """Yield each step with its micro-batches, of which the next are being loaded; all of one must be taken.
 
     Args:
@@ -64,14 +64,14 @@ def feed(
 class _Loader:
     """A thread that keeps ``AHEAD`` micro-batches ready."""
 
-    def __init__(self, load: Callable[[tuple[int, ...]], RolloutBatch]) -> None:
+    def __init__(self, load: Callable[[tuple[int, ...]], Collated]) -> None:
         self._load, self._slots = load, Semaphore(AHEAD)
         self._thread = ThreadPoolExecutor(1)
 
-    def submit(self, part: tuple[int, ...]) -> Future[RolloutBatch]:
+    def submit(self, part: tuple[int, ...]) -> Future[Collated]:
         return self._thread.submit(self._loaded, part)
 
-    def take(self, micros: list[Future[RolloutBatch]], clock: Clock) -> Iterator[RolloutBatch]:
+    def take(self, micros: list[Future[Collated]], clock: Clock) -> Iterator[Collated]:
         for micro in micros:
             started = time.perf_counter()
             batch = micro.result()
@@ -84,6 +84,6 @@ class _Loader:
         self._slots.release()  # the one that may wait for room
         self._thread.shutdown()
 
-    def _loaded(self, part: tuple[int, ...]) -> RolloutBatch:
+    def _loaded(self, part: tuple[int, ...]) -> Collated:
         self._slots.acquire()
         return self._load(part)

@@ -21,11 +21,11 @@ from ..data.files import encode_json, encode_line, file_sha256, write_atomic
 from ..data.store import Store
 from ..models.checkpoint import WEIGHTS
 from ..models.draft import Eagle3Draft
-from ..models.rollout import RolloutBatch, supervised
+from ..models.rollout import supervised
 from ..models.shapes import draft_config
 from ..models.start import begin, feature_scale
 from . import checkpoint
-from .batches import Schedule, blank, collate, divide, some_states
+from .batches import Collated, Schedule, blank, collate, divide, some_states
 from .feed import Clock, Planned, feed
 from .launch import any_rank, gather_parameters
 from .module import Trained, TrainingTimeTest
@@ -128,7 +128,7 @@ class Trainer:
         # The main process knows of the best head; all of them must stop at once.
         return any_rank(self.accelerator, step - self.best["step"] >= chosen.patience * chosen.validate_every)
 
-    def _feed(self, done: int) -> Iterator[tuple[Planned, Iterator[RolloutBatch]]]:
+    def _feed(self, done: int) -> Iterator[tuple[Planned, Iterator[Collated]]]:
         """The steps that are left, with their micro-batches; what is loaded ahead is of the same pass."""
         left = self.schedule.from_step(done)
         for _, batches in groupby(left, key=lambda batch: self.schedule.finished(batch.step - 1)):
@@ -139,8 +139,10 @@ class Trainer:
 
     def _planned(self, batch: Batch) -> Planned:
         """This rank's micro-batches, with about as many supervised tokens in each of every rank's."""
-        masks = [self.samples.loss_mask(index)[None] for index in batch.samples]
-        rows = {index: int(supervised(mask, 1).sum()) for index, mask in zip(batch.samples, masks, strict=True)}
+        masks = [self.samples.loss_mask(index) for index in batch.samples]
+        lengths = torch.tensor([len(mask) for mask in masks])
+        counts = [part.sum().item() for part in supervised(torch.cat(masks), lengths, 1)[0].split(lengths.tolist())]
+        rows = dict(zip(batch.samples, map(int, counts), strict=True))
         ranks = self.accelerator.num_processes
         parts = divide(batch.samples, rows, ranks * self.settings.train.accumulation)
         return Planned(batch, tuple(parts[self.accelerator.process_index :: ranks]), sum(rows.values()))
@@ -165,7 +167,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.samples.covered(self.schedule.finished(step))
 
-    def _step(self, planned: Planned, parts: Iterable[RolloutBatch]) -> dict[str, Any]:
+    def _step(self, planned: Planned, parts: Iterable[Collated]) -> dict[str, Any]:
         """One optimiser step; returns the line of metrics.jsonl."""
         started, chosen, accelerator, batch = time.perf_counter(), self.settings.train, self.accelerator, planned.batch
         rate = learning_rate(batch.step - 1, self.schedule.steps, chosen)
@@ -176,7 +178,7 @@ class Trainer:
         sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), 0.0
         for part in parts:
             with accelerator.accumulate(self.module):
-                trained: Trained = self.module(self._on_device(part))
+                trained: Trained = self.module(part.on(accelerator.device))
                 accelerator.backward(trained.loss * scale)
                 if accelerator.sync_gradients:
                     norm = float(accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip) or 0.0)
@@ -208,7 +210,7 @@ class Trainer:
         self.module.eval()
         indices, lengths = self.store.indices("validation"), self.store.lengths()
         for part in validation_parts(indices, lengths, accelerator.process_index, accelerator.num_processes):
-            batch = self._on_device(self._collate(self.store, part))
+            batch = self._collate(self.store, part).on(accelerator.device)
             tally.add(batch, self.module(batch))
         self.module.train()
         tally.sums = accelerator.reduce(tally.sums.to(accelerator.device), "sum").cpu()
@@ -234,15 +236,10 @@ class Trainer:
         """The chain that validation simulates: evaluation's, as far as the rollout reaches."""
         return min(self.settings.eval.chain, self.settings.train.ttt_steps)
 
-    def _collate(self, source: Samples | Store, indices: tuple[int, ...]) -> RolloutBatch:
+    def _collate(self, source: Samples | Store, indices: tuple[int, ...]) -> Collated:
         """The samples at ``indices``; where there are none, one from which nothing is learnt."""
-        batch = collate([source[index] for index in indices] or [blank(self.store[0])])
-        if self.accelerator.device.type != "cuda":
-            return batch
-        return RolloutBatch(*(tensor.pin_memory() for tensor in batch))
-
-    def _on_device(self, batch: RolloutBatch) -> RolloutBatch:
-        return RolloutBatch(*(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch))
+        samples = [source[index] for index in indices] or [blank(self.store[0])]
+        return collate(samples, pin=self.accelerator.device.type == "cuda")
 
     def _provenance(self) -> dict[str, Any]:
         target = self.store.manifest.target

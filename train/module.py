@@ -21,7 +21,7 @@ from .objective import StepResult, objective, weighted
 class Trained(NamedTuple):
     """``loss`` is the weighted sum over supervised rows and steps; the lists hold one entry a step.
 
-    ``rows [n, 2]`` are those of :class:`~eagle3.models.rollout.StepOutput`; its outputs are not kept, since mixed precision
+    ``rows [n]`` are those of :class:`~eagle3.models.rollout.StepOutput`; its outputs are not kept, since mixed precision
     would widen a copy of all that a forward returns.
     """
 

@@ -13,7 +13,7 @@ LK-hybrid is arXiv 2602.23881's; alpha is the expected acceptance of a token sam
 step_decay ** j. A batch's loss is the sum over its supervised rows and steps; the caller divides by the number of
 step-0 rows of the global batch.
 
-Shape suffixes: B batch, T tokens, H hidden, D draft vocabulary, V vocabulary, n rows of a step, c rows of a chunk.
+Shape suffixes: N tokens, H hidden, D draft vocabulary, V vocabulary, n rows of a step, c rows of a chunk.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def objective(
         lm_head: the target's, ``[V, H]``.
         kind: "kl" or "lk".
     """
-    sample, row = steps[0].rows.unbind(1)
-    index_BT = torch.full_like(batch.input_ids, -1)
-    index_BT[sample, row] = torch.arange(len(row), device=row.device)
-    at = [index_BT[output.rows[:, 0], output.rows[:, 1] + step] for step, output in enumerate(steps)]
-    states = batch.last_hidden[sample, row + 1]
+    rows = steps[0].rows
+    index_N = torch.full_like(batch.input_ids, -1)
+    index_N[rows] = torch.arange(len(rows), device=rows.device)
+    at = [index_N[output.rows + step] for step, output in enumerate(steps)]
+    states = batch.last_hidden[rows + 1]
     if fused := kernels.chosen(draft):
         teacher = fused.teacher_of(states, lm_head, draft)
         sharpness = LK_SHARPNESS if kind == "lk" else None

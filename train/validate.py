@@ -48,16 +48,16 @@ class Tally:
     def add(self, batch: RolloutBatch, trained: Trained) -> None:
         """Count one batch."""
         self.sums[0] += trained.loss.item()
-        hits_KBT = torch.zeros(self.steps, *batch.input_ids.shape, dtype=torch.bool)
+        hits_KN = torch.zeros(self.steps, len(batch.input_ids), dtype=torch.bool)
         for step, (rows, result) in enumerate(zip(trained.rows, trained.results, strict=True)):
-            sample, row = rows.cpu().unbind(1)
-            hits_KBT[step, sample, row] = result.hits.cpu()
+            hits_KN[step, rows.cpu()] = result.hits.cpu()
             self.sums[3 + step] += result.hits.sum().item()
-            self.sums[3 + self.steps + step] += len(row)
-        for number, mask in enumerate(batch.loss_mask.cpu()):
+            self.sums[3 + self.steps + step] += len(rows)
+        lengths = batch.lengths.tolist()
+        for mask, hits_KT in zip(batch.loss_mask.cpu().split(lengths), hits_KN.split(lengths, 1), strict=True):
             answer = mask.nonzero()[:, 0]
             if len(answer):
-                accepted = walk(hits_KBT[:, number, : answer[-1] + 1], int(answer[0]) - 1, self.chain)
+                accepted = walk(hits_KT[:, : answer[-1] + 1], int(answer[0]) - 1, self.chain)
                 self.sums[1] += len(accepted)
                 self.sums[2] += sum(accepted)
 

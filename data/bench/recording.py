@@ -69,7 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     said = "of the embedded target; default %(default)s"
     parser.add_argument("--conversations", type=int, default=200, help=said)
-    parser.add_argument("--llama", choices=PRESETS, default="134m", help="its shape; default %(default)s")
+    parser.add_argument("--llama", choices=PRESETS, default="88m", help="its shape; default %(default)s")
     for name in Shape._fields:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, help="of the Llama, where the preset does not suit"

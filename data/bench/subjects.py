@@ -46,9 +46,9 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-#: 134m has the shape of a small model in proportion, the others those of Llama 3.2 and 3.1.
+#: 88m is 8b made small in proportion, its vocabulary too; the others have the shapes of Llama 3.2 and 3.1.
 PRESETS = {
-    "134m": Shape(768, 12, 2048, 12, 4, 32_000),
+    "88m": Shape(768, 12, 2048, 12, 4, 8192),
     "1b": Shape(2048, 16, 8192, 32, 8, 128_256),
     "3b": Shape(3072, 28, 8192, 24, 8, 128_256),
     "8b": Shape(4096, 32, 14_336, 32, 8, 128_256),

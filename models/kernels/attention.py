@@ -1,6 +1,6 @@
 """Attention of supervised rows to step-0 keys and to their own keys of later steps, as one softmax.
 
-    places = place(sample, row, keys=S, samples=B)             # of :mod:`.places`, once a batch
+    places = place(rows, layout, lengths)                      # of :mod:`.places`, once a batch
     attended = attend(q, past, own, places)                    # [n, N, W]
 
 A program has a tile of rows of one document. Keys a row sees are those of its document up to its own; beside them each
@@ -9,7 +9,7 @@ delta = rowsum(dO O), dS = P (dO V^T - delta) for every key.
 
 Source of the tiling: Dao et al., arXiv 2205.14135 and 2307.08691.
 
-Shape suffixes: B samples, S keys of a sample, n rows of a step, N heads, M key/value heads, G = N/M, W head width, J
+Shape suffixes: T tokens, n rows of a step, N heads, M key/value heads, G = N/M, W head width, J
 own keys of a row.
 """
 
@@ -198,27 +198,28 @@ def _query_backward(
         tl.store(d_q_ptr + q_at, (d_q * scale).to(d_q_ptr.dtype.element_ty), mask=some)
 
 
-@triton.jit(do_not_specialize=["count", "length"])
+@triton.jit(do_not_specialize=["count"])
 def _key_backward(
-    q_ptr, past_ptr, lse_ptr, d_out_ptr, delta_ptr, d_past_ptr, ends_ptr, slots_ptr, first_tile_ptr, last_tile_ptr, count,
-    length, scale, N: tl.constexpr, M: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, past_ptr, lse_ptr, d_out_ptr, delta_ptr, d_past_ptr, ends_ptr, slots_ptr, blocks_ptr, count, scale,
+    N: tl.constexpr, M: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of step-0 keys and values: KEYS of them in one document, from all rows that see them, SPAN at a time."""
-    kv_head, block, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, block = tl.program_id(0), blocks_ptr + tl.program_id(1) * 5
     groups = N // M
-    key = block * KEYS + tl.arange(0, KEYS)
-    inside = key < length
+    token = tl.load(block).to(tl.int64) + tl.arange(0, KEYS)
+    key = token - tl.load(block + 1)
+    inside = token < tl.load(block + 2)
     at = tl.arange(0, W)
-    kv_at = (sample.to(tl.int64) * length + key)[:, None] * (2 * M * W) + kv_head * W + at[None, :]
+    kv_at = token[:, None] * (2 * M * W) + kv_head * W + at[None, :]
     k = tl.load(past_ptr + kv_at, mask=inside[:, None], other=0.0)
     v = tl.load(past_ptr + kv_at + M * W, mask=inside[:, None], other=0.0)
     d_k = tl.zeros([KEYS, W], tl.float32)
     d_v = tl.zeros([KEYS, W], tl.float32)
     scale2 = scale * LOG2E
     parts = ROWS // SPAN
-    first = tl.load(first_tile_ptr + sample * tl.cdiv(length, ROWS) + block * KEYS // ROWS) * parts
-    last = tl.load(last_tile_ptr + sample) * parts
+    first = tl.load(block + 3) * parts
+    last = tl.load(block + 4) * parts
     for turn in range(first * groups, last * groups):
         span = turn // groups
         head = kv_head * groups + turn % groups
@@ -261,7 +262,7 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_nNW: Tensor, past: Tensor, places: Places, *own: Tensor) -> Tensor:
-        """Queries ``[n, N, W]``, past ``[B * S, 2, M, W]``, own ``[at least n, 2, M, W]`` a later step, to ``[n, N, W]``."""
+        """Queries ``[n, N, W]``, past ``[T, 2, M, W]``, own ``[at least n, 2, M, W]`` a later step, to ``[n, N, W]``."""
         count, heads, width = q_nNW.shape
         kv_heads = past.shape[2]
         out_nNW, lse_nN = torch.empty_like(q_nNW), q_nNW.new_empty(count, heads, dtype=torch.float32)
@@ -300,10 +301,9 @@ class Attend(torch.autograd.Function):
                 count, stride, len(own), scale, KEYS=block, num_warps=warps, num_stages=stages, **shape,
             )  # fmt: skip
             block, warps, stages = _launch("keys", q_nNW)
-            _key_backward[(kv_heads, triton.cdiv(places.keys, TILE), len(places.last_tile))](
-                q_nNW, past, lse_nN, d_out_nNW, delta_nN, d_past, places.ends, places.slots, places.first_tile,
-                places.last_tile, count, places.keys, scale, SPAN=block, KEYS=TILE, num_warps=warps, num_stages=stages,
-                **shape,
+            _key_backward[(kv_heads, len(places.blocks))](
+                q_nNW, past, lse_nN, d_out_nNW, delta_nN, d_past, places.ends, places.slots, places.blocks, count, scale,
+                SPAN=block, KEYS=TILE, num_warps=warps, num_stages=stages, **shape,
             )  # fmt: skip
         d_own = [_padded(gradient, len(each)) for gradient, each in zip(d_own_J, own, strict=True)]
         return d_q_nNW, d_past, None, *d_own
@@ -333,7 +333,7 @@ def attend(q_nNW: Tensor, past: Tensor, own: list[Tensor], places: Places) -> Te
 
     Args:
         q_nNW: unscaled.
-        past: step-0 keys and values of all rows, ``[B * S, 2, M, W]``.
+        past: step-0 keys and values of all tokens, ``[T, 2, M, W]``.
         own: keys and values of steps 1..j, ``[at least n, 2, M, W]`` each.
         places: from :func:`place`.
     """

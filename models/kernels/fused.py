@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..draft import Eagle3Draft, rotation_table
-from ..rollout import RolloutBatch, StepOutput, ordered_rows, supervised
+from ..rollout import RolloutBatch, StepOutput, layout, ordered_rows, supervised
 from .attention import attend
 from .losses import TeacherLogits, losses, teach
 from .norms import AttentionInputs, NormWithResidual, rms_norm
@@ -74,30 +74,28 @@ def rollout(draft: Eagle3Draft, embedding: Tensor, batch: RolloutBatch, steps: i
         weights = _weights(draft, dtype)
         heads, eps = config.num_heads, config.rms_norm_eps
         norms = (draft.midlayer.input_layernorm.weight, draft.midlayer.hidden_norm.weight, eps)
-        rows, counts = ordered_rows(supervised(batch.loss_mask, steps))
-        sample, row = rows.unbind(1)
-        samples, keys = batch.input_ids.shape[0], batch.input_ids.shape[1] - 1
-        places = place(sample, row, keys, samples)
-        table = rotation_table(config, keys + 1 + steps, embedding.new_empty(0, dtype=torch.float32))[:, :, 0]
+        tokens, where = len(batch.input_ids), layout(batch.lengths, len(batch.input_ids))
+        rows, counts = ordered_rows(supervised(batch.loss_mask, batch.lengths, steps))
+        places = place(rows, where, batch.lengths)
+        # As long as if all were one document: how long the longest is, the device would have to be asked.
+        table = rotation_table(config, tokens + steps, embedding.new_empty(0, dtype=torch.float32))[:, :, 0]
 
-        combined = _combine(draft, weights.fc, batch.features[:, :-1].to(dtype).flatten(0, 1))
-        x, h = AttentionInputs.apply(embedding, batch.input_ids[:, 1:].flatten(), combined, *norms)
+        combined = _combine(draft, weights.fc, batch.features.to(dtype))
+        x, h = AttentionInputs.apply(embedding, batch.input_ids.roll(-1), combined, *norms)
         split = heads * config.head_dim
-        positions = torch.arange(keys, device=rows.device).repeat(samples)
-        _, past = rotate(F.linear(x, weights.qkv[split:]), positions, table, 0)
+        _, past = rotate(F.linear(x, weights.qkv[split:]), where.position, table, 0)
 
-        flat = sample * keys + row
-        h, x = Take.apply(h, flat), Take.apply(x, flat)
-        query, _ = rotate(F.linear(x, weights.qkv[:split]), row, table, heads)
+        h, x, position = Take.apply(h, rows), Take.apply(x, rows), where.position[rows]
+        query, _ = rotate(F.linear(x, weights.qkv[:split]), position, table, heads)
         own: list[Tensor] = []
         outputs: list[StepOutput] = []
         for step, count in enumerate(counts):
             if step:
-                ids = batch.input_ids[sample[:count], row[:count] + 1 + step]
+                ids = batch.input_ids[rows[:count] + 1 + step]
                 y = outputs[-1].y
                 fed_back = rms_norm(y, draft.norm.weight, eps) if config.norm_output else y
                 x, h = AttentionInputs.apply(embedding, ids, fed_back, *norms)
-                query, keys_values = rotate(F.linear(x, weights.qkv), row[:count] + step, table, heads)
+                query, keys_values = rotate(F.linear(x, weights.qkv), position[:count] + step, table, heads)
                 own.append(keys_values)
             residual = x[:, config.hidden_size :] if config.norm_before_residual else h
             attended = attend(query, past, own, places)

@@ -127,7 +127,8 @@ def test_every_sample_is_read_whole_and_the_store_is_one(tmp_path: Path, monkeyp
     reader.read()
     assert sorted(read) == sorted(map(str, range(45))) and read != sorted(read, key=int)
     last = store[int(read[-1])]
-    assert all(reader._room[name].equal(tensor) for name, tensor in last._asdict().items() if name in reader._room)
+    assert all(reader._room[name].equal(tensor) for name, tensor in last.stored.items())
+    assert reader._room["ids"].equal(last.input_ids)
     assert len(reader._room) == 4
 
 

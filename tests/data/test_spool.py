@@ -33,15 +33,16 @@ LIMIT = 3
 RECORDING = "ab" * 32
 DEADLINE = 20.0  # seconds after which a test that hangs fails
 
+PACKED = ("input_ids", "loss_mask", "features", "last_hidden")
 fork = multiprocessing.get_context("fork")
 
 
 def sample(number: int, length: int) -> StoreSample:
     random = torch.Generator().manual_seed(number)
-    features = torch.randn(length, 3, 8, generator=random, dtype=torch.bfloat16)
-    last_hidden = torch.randn(length, 8, generator=random, dtype=torch.bfloat16)
+    shapes = {"features": (length, 3, 8), "last_hidden": (length, 8)}
+    stored = {name: torch.randn(shape, generator=random, dtype=torch.bfloat16) for name, shape in shapes.items()}
     ids, mask = torch.full((length,), number, dtype=torch.int32), torch.arange(length) > 0
-    return StoreSample(f"sample-{number}", "source", "train", 0.7, ids, mask, features, last_hidden)
+    return StoreSample(f"sample-{number}", "source", "train", 0.7, ids, mask, stored)
 
 
 def shard(index: int) -> list[StoreSample]:
@@ -50,7 +51,7 @@ def shard(index: int) -> list[StoreSample]:
 
 def publish(folder: Path, index: int, samples: list[StoreSample]) -> None:
     lengths, said = [len(found.input_ids) for found in samples], [int(found.loss_mask.sum()) for found in samples]
-    packed = {name: torch.cat([getattr(found, name) for found in samples]) for name in StoreSample._fields[4:]}
+    packed = {name: torch.cat([getattr(found, name) for found in samples]) for name in PACKED}
     of = Index.of([Identity(*found[:4]) for found in samples], lengths, said)
     publish_shard(folder, index, RECORDING, of, packed, 0, 0)
 
@@ -79,7 +80,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digest(found: StoreSample) -> str:
-    tensors = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in found[4:])
+    content = (found.input_ids, found.loss_mask, *found.stored.values())
+    tensors = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in content)
     return sha256(repr(found[:4]).encode() + tensors)
 
 

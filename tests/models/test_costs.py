@@ -73,10 +73,10 @@ def test_memory_is_what_a_training_step_holds(
     length = prompt + answer
     head = Eagle3Draft(SMALL, torch.arange(1000)).to(dtype)
     batch = RolloutBatch(
-        input_ids=torch.randint(3000, (samples, length)),
-        loss_mask=(torch.arange(length) >= prompt).expand(samples, -1),
-        features=torch.randn(samples, length, 3, 80).to(dtype),
-        last_hidden=torch.randn(samples, length, 80).to(dtype),
+        input_ids=torch.randint(3000, (samples * length,)),
+        loss_mask=(torch.arange(length) >= prompt).repeat(samples),
+        features=torch.randn(samples * length, 3, 80).to(dtype),
+        last_hidden=torch.randn(samples * length, 80).to(dtype),
         lengths=torch.full((samples,), length),
     )
     embedding, lm_head = torch.randn(3000, 80), torch.randn(3000, 80)

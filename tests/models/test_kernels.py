@@ -8,7 +8,7 @@ import pytest
 import torch
 from eagle3.models import kernels
 from eagle3.models.draft import DraftConfig, Eagle3Draft
-from eagle3.models.rollout import RolloutBatch, rollout
+from eagle3.models.rollout import RolloutBatch, layout, rollout
 from eagle3.train.objective import objective, weighted
 from torch import Tensor
 
@@ -36,13 +36,12 @@ def random_draft(size: int, **flags: bool) -> Eagle3Draft:
 
 def batch_of(masks: list[str]) -> RolloutBatch:
     generator = torch.Generator().manual_seed(1)
-    length = max(map(len, masks))
-    mask = torch.tensor([[letter == "a" for letter in text.ljust(length)] for text in masks])
+    mask = torch.tensor([letter == "a" for letter in "".join(masks)])
     batch = RolloutBatch(
         input_ids=torch.randint(V, mask.shape, generator=generator),
         loss_mask=mask,
-        features=torch.randn(*mask.shape, F, H, generator=generator),
-        last_hidden=torch.randn(*mask.shape, H, generator=generator),
+        features=torch.randn(len(mask), F, H, generator=generator),
+        last_hidden=torch.randn(len(mask), H, generator=generator),
         lengths=torch.tensor([len(text) for text in masks]),
     )
     return RolloutBatch(*(tensor.to(DEVICE) for tensor in batch))
@@ -92,24 +91,29 @@ def test_attention_is_one_softmax_over_past_and_own_keys(dtype: torch.dtype) -> 
     """float16 has the kernels' roundings in it, and unlike bfloat16 the interpreter multiplies it."""
     fused = kernels.load()
     torch.manual_seed(0)
-    samples, keys, count, heads, own_keys = 2, 150, 150, KV_HEADS * 2, 2
-    row = torch.cat((torch.arange(140) + 3, torch.arange(20) + 100))
-    shuffled = torch.randperm(160)
-    sample, row = (torch.arange(160) >= 140).long()[shuffled], row[shuffled]
-    shapes = [(count, heads, WIDTH), (samples * keys, 2, KV_HEADS, WIDTH)]
+    lengths, count, heads, own_keys = torch.tensor([2, 150, 1, 290, 128]), 150, KV_HEADS * 2, 2
+    tokens, starts = int(lengths.sum()), lengths.cumsum(0) - lengths
+    of_documents = [
+        (1, torch.arange(140) + 3),
+        (3, torch.arange(18) + 260),
+        (0, torch.zeros(1).long()),
+        (4, torch.tensor([127])),
+    ]
+    rows = torch.cat([starts[document] + row for document, row in of_documents])[torch.randperm(160)]
+    shapes = [(count, heads, WIDTH), (tokens, 2, KV_HEADS, WIDTH)]
     shapes += [(160 - 5 * i, 2, KV_HEADS, WIDTH) for i in range(own_keys)]
     found = [torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_() for shape in shapes]
     wanted = [tensor.detach().double().requires_grad_() for tensor in found]
 
-    places = fused.place(sample.to(DEVICE), row.to(DEVICE), keys, samples)
+    places = fused.place(rows.to(DEVICE), layout(lengths.to(DEVICE), tokens), lengths.to(DEVICE))
     out = fused.attend(found[0], found[1], found[2:], places)
     d_out = torch.randn_like(out)
     out.backward(d_out)
 
     exact = []
     for i in range(count):
-        first = sample[i] * keys
-        seen = torch.cat([wanted[1][first : first + row[i] + 1], *(own[i : i + 1] for own in wanted[2:])])
+        first = starts[starts <= rows[i]].max()
+        seen = torch.cat([wanted[1][first : rows[i] + 1], *(own[i : i + 1] for own in wanted[2:])])
         seen = seen.repeat_interleave(heads // KV_HEADS, 2)
         scores = torch.einsum("nw,snw->ns", wanted[0][i], seen[:, 0]) * WIDTH**-0.5
         exact.append(torch.einsum("ns,snw->nw", scores.softmax(-1), seen[:, 1]))

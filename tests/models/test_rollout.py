@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 import torch
 from eagle3.models.draft import Eagle3Draft
@@ -21,13 +23,12 @@ def random_draft(fc_norm: bool = False, norm_output: bool = False) -> Eagle3Draf
 def batch_of(masks: list[str]) -> RolloutBatch:
     """Documents with random content; ``a`` is a token of the assistant, ``.`` another one."""
     generator = torch.Generator().manual_seed(1)
-    length = max(map(len, masks))
-    mask = torch.tensor([[letter == "a" for letter in text.ljust(length)] for text in masks])
+    mask = torch.tensor([letter == "a" for letter in "".join(masks)])
     return RolloutBatch(
         input_ids=torch.randint(V, mask.shape, generator=generator),
         loss_mask=mask,
-        features=torch.randn(*mask.shape, F, H, dtype=torch.float64, generator=generator),
-        last_hidden=torch.randn(*mask.shape, H, dtype=torch.float64, generator=generator),
+        features=torch.randn(len(mask), F, H, dtype=torch.float64, generator=generator),
+        last_hidden=torch.randn(len(mask), H, dtype=torch.float64, generator=generator),
         lengths=torch.tensor([len(text) for text in masks]),
     )
 
@@ -46,15 +47,17 @@ BY_HAND: list[tuple[str, list[list[int]]]] = [
 
 @pytest.mark.parametrize(("text", "expected"), BY_HAND)
 def test_supervision_starts_and_ends_where_serving_drafts(text: str, expected: list[list[int]]) -> None:
-    sets = supervised(batch_of([text]).loss_mask, K)
-    assert [rows[0].nonzero()[:, 0].tolist() for rows in sets] == expected
+    batch = batch_of([text])
+    sets = supervised(batch.loss_mask, batch.lengths, K)
+    assert [rows.nonzero()[:, 0].tolist() for rows in sets] == expected
 
 
 def test_rollout_yields_the_supervised_rows_of_all_documents() -> None:
     draft, batch = random_draft(), batch_of([text for text, _ in BY_HAND])
     outputs = rollout(draft, torch.randn(V, H, dtype=torch.float64), batch, K)
+    starts = [0, *accumulate(len(text) for text, _ in BY_HAND)]
     for step, (rows, y) in enumerate(outputs):
-        wanted = [[sample, row] for sample, (_, sets) in enumerate(BY_HAND) for row in sets[step]]
+        wanted = [start + row for start, (_, sets) in zip(starts, BY_HAND, strict=False) for row in sets[step]]
         assert sorted(rows.tolist()) == wanted
         assert y.shape == (len(wanted), H)
         assert not step or torch.equal(rows, outputs[step - 1].rows[: len(rows)])
@@ -77,17 +80,19 @@ def test_chains_served_from_the_cache_equal_the_rollout(fc_norm: bool, norm_outp
     draft, embedding = random_draft(fc_norm, norm_output), torch.randn(V, H, dtype=torch.float64)
     batch = batch_of(["..aaaaa..aaaaaa", ".....aaaaaaaa"])
     trained = {
-        (step, *row.tolist()): y
+        (step, int(row)): y
         for step, output in enumerate(rollout(draft, embedding, batch, K))
         for row, y in zip(output.rows, output.y, strict=True)
     }
     served = 0
-    for sample, length in enumerate(batch.lengths.tolist()):
-        ids, combined = batch.input_ids[sample], draft.combine(batch.features[sample])
+    lengths = batch.lengths.tolist()
+    parts = zip(batch.input_ids.split(lengths), batch.features.split(lengths), strict=True)
+    for (ids, features), length, first in zip(parts, lengths, (0, lengths[0]), strict=True):
+        combined = draft.combine(features)
         cache = draft.new_cache(1, length + K)
         for row in range(length - 1):
             step, y = 0, None
-            while (step, sample, row) in trained:
+            while (step, first + row) in trained:
                 if step == 0:  # all rows since the last round, with real features: as after a verification
                     start = cache.length
                     h, positions = combined[None, start : row + 1], torch.arange(start, row + 1)[None]
@@ -95,7 +100,7 @@ def test_chains_served_from_the_cache_equal_the_rollout(fc_norm: bool, norm_outp
                     h, positions = draft.feedback(y), torch.tensor([[row + step]])
                 tokens = ids[positions[0] + 1]
                 y = draft.decode(embedding[tokens][None], h, positions, cache)[:, -1:]
-                wanted = trained[step, sample, row]
+                wanted = trained[step, first + row]
                 torch.testing.assert_close(y[0, 0], wanted, rtol=1e-10, atol=1e-10)
                 torch.testing.assert_close(draft.logits(y)[0, 0], draft.logits(wanted), rtol=1e-10, atol=1e-10)
                 step, served = step + 1, served + 1

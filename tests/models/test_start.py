@@ -84,14 +84,14 @@ def test_it_copies_what_followed_the_same_token_before(width: int) -> None:
     first = torch.randperm(CONFIG.vocab_size)[: TOKENS // 2]
     ids = torch.cat((first, first))
     batch = RolloutBatch(
-        input_ids=ids[None],
-        loss_mask=torch.ones(1, TOKENS, dtype=torch.bool),
-        features=states_of(ids, head)[None],
-        last_hidden=torch.zeros(1, TOKENS, HIDDEN),
+        input_ids=ids,
+        loss_mask=torch.ones(TOKENS, dtype=torch.bool),
+        features=states_of(ids, head),
+        last_hidden=torch.zeros(TOKENS, HIDDEN),
         lengths=torch.tensor([TOKENS]),
     )
     output = rollout(draft, head.embedding, batch, 1)[0]
-    rows = output.rows[:, 1]
+    rows = output.rows
     repeated = rows >= TOKENS // 2
     hits = draft.logits(output.y).argmax(-1) == ids[rows + 2]
     assert hits[repeated].float().mean() > 0.9

@@ -38,7 +38,7 @@ def test_the_simulated_acceptance_length_is_the_decoded_one() -> None:
     tally, answered = Tally(chain, chain), {trace.prompt_id for trace in traces}
     for index in store.indices("test"):
         if (sample := store[index]).id in answered:
-            batch = collate([sample])
+            batch = collate([sample]).on(head.embedding.device)
             tally.add(batch, module(batch))
     simulated = tally.result()
     assert len(traces) == settings.eval.prompts

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from eagle3.data.quantise import encode
 from eagle3.data.store import Store
 from eagle3.train.batches import Schedule, blank, collate, divide, plan_pass
 from eagle3.train.samples import Pass
@@ -76,20 +78,27 @@ def test_dividing_loses_nothing_and_balances_tokens(parts: int) -> None:
     assert max(tokens) <= sum(tokens) / parts + 2 * max(LENGTHS[sample] for sample in batch)
 
 
-def test_collate_pads_with_nothing_to_learn_from(finished: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_collate_packs_samples_as_they_are_stored(finished: Path, dtype: str) -> None:
     store = Store(finished / "store")
-    shorter, longer = sorted(range(6), key=lambda index: len(store[index].input_ids))[0::5]
-    batch = collate([store[longer], store[shorter]])
-    sample, length = store[shorter], len(store[shorter].input_ids)
-    assert batch.lengths.tolist() == [len(store[longer].input_ids), length]
+    samples = []
+    for sample in (store[5], store[0]):
+        parts = (encode(name, getattr(sample, name), dtype) for name in ("features", "last_hidden"))
+        samples.append(sample._replace(stored=dict(chain.from_iterable(part.items() for part in parts))))
+    collated = collate(samples)
+    lengths = [len(sample.input_ids) for sample in samples]
+    assert collated.lengths.tolist() == lengths
+    assert collated.stored.keys() == samples[0].stored.keys()
+    assert collated.stored["features"].dtype == samples[0].stored["features"].dtype
+    batch = collated.on(torch.device("cpu"))
     assert batch.input_ids.dtype == torch.int64
     for name in ("input_ids", "loss_mask", "features", "last_hidden"):
-        padded, real = getattr(batch, name)[1], getattr(sample, name)
-        assert torch.equal(padded[:length].to(real.dtype), real)
-        assert not padded[length:].any()
+        for part, sample in zip(getattr(batch, name).split(lengths), samples, strict=True):
+            real = getattr(sample, name)
+            assert torch.equal(part.to(real.dtype), real), name
 
 
 def test_a_part_without_samples_is_a_batch_without_rows(finished: Path) -> None:
-    batch = collate([blank(Store(finished / "store")[0])])
-    assert batch.input_ids.shape == (1, 2)
+    batch = collate([blank(Store(finished / "store")[0])]).on(torch.device("cpu"))
+    assert batch.input_ids.shape == (2,) and batch.features.shape == (2, 3, 32)
     assert not batch.loss_mask.any()

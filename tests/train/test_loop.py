@@ -26,9 +26,8 @@ from eagle3.data.shards import StoreSample
 from eagle3.data.store import Store
 from eagle3.models.checkpoint import load_draft, save_draft
 from eagle3.models.draft import Eagle3Draft
-from eagle3.models.rollout import RolloutBatch
 from eagle3.train import batches, checkpoint, loop, stage
-from eagle3.train.batches import Schedule
+from eagle3.train.batches import Collated, Schedule
 from eagle3.train.feed import Planned
 from eagle3.train.samples import Pass, Recorded, Samples
 from eagle3.train.stage import train
@@ -62,7 +61,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def stop_at(step: int) -> None:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[Collated]) -> dict:
             if planned.batch.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return take(trainer, planned, parts)
@@ -139,7 +138,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     with monkeypatch.context() as patch:
         take = loop.Trainer._step
 
-        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+        def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[Collated]) -> dict:
             if planned.batch.step == 7:
                 raise KeyboardInterrupt
             return take(trainer, planned, parts)
@@ -225,7 +224,7 @@ def test_a_batch_of_prompts_alone_teaches_nothing(
     monkeypatch.setattr(stage, "Recorded", lambda *given: Silent(Recorded(*given), silent))
     before: dict[str, torch.Tensor] = {}
 
-    def stepped(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+    def stepped(trainer: loop.Trainer, planned: Planned, parts: Iterable[Collated]) -> dict:
         if planned.batch.step == 1:
             before.update({name: tensor.clone() for name, tensor in trainer.module.state_dict().items()})
         line = take(trainer, planned, parts)
@@ -400,7 +399,7 @@ def test_validation_does_not_depend_on_how_it_is_shared(short: Settings, trained
         tally = Tally(short.train.ttt_steps, 2)
         for rank in range(ranks):
             for part in validation_parts(store.indices("validation"), store.lengths(), rank, ranks):
-                batch = loop.collate([store[index] for index in part])
+                batch = loop.collate([store[index] for index in part]).on(torch.device("cpu"))
                 with torch.no_grad():
                     tally.add(batch, module(batch))
         found.append(tally.result())

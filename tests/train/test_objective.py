@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import product
+from itertools import accumulate, product
 
 import eagle3.train.objective
 import pytest
@@ -37,15 +37,14 @@ def random_draft(ids: list[int] | None, fc_norm: bool = False, norm_output: bool
 
 
 def batch_of(masks: list[str]) -> RolloutBatch:
-    """Documents with random content; so has their padding."""
+    """Documents with random content."""
     generator = torch.Generator().manual_seed(1)
-    length = max(map(len, masks))
-    mask = torch.tensor([[letter == "a" for letter in text.ljust(length)] for text in masks])
+    mask = torch.tensor([letter == "a" for letter in "".join(masks)])
     return RolloutBatch(
         input_ids=torch.randint(V, mask.shape, generator=generator),
         loss_mask=mask,
-        features=torch.randn(*mask.shape, F, H, dtype=torch.float64, generator=generator),
-        last_hidden=torch.randn(*mask.shape, H, dtype=torch.float64, generator=generator),
+        features=torch.randn(len(mask), F, H, dtype=torch.float64, generator=generator),
+        last_hidden=torch.randn(len(mask), H, dtype=torch.float64, generator=generator),
         lengths=torch.tensor([len(text) for text in masks]),
     )
 
@@ -70,7 +69,7 @@ class Reference:
         self.w, self.ids, self.fc_norm, self.norm_output, self.kind = w, ids, fc_norm, norm_output, kind
         self.loss: list[list[Tensor]] = [[] for _ in range(K)]
         self.alpha: list[list[Tensor]] = [[] for _ in range(K)]
-        self.hits: list[dict[tuple[int, int], bool]] = [{} for _ in range(K)]
+        self.hits: list[dict[int, bool]] = [{} for _ in range(K)]
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         return self.w[f"{name}.weight"] * x / (sum(value**2 for value in x) / len(x) + EPS).sqrt()
@@ -114,7 +113,7 @@ class Reference:
         parts = [self.norm(features[i], f"fc_norm.{i}") if self.fc_norm else features[i] for i in range(F)]
         return self.linear("fc", torch.cat(parts))
 
-    def score(self, step: int, where: tuple[int, int], logits: Tensor, teacher_logits: Tensor) -> None:
+    def score(self, step: int, where: int, logits: Tensor, teacher_logits: Tensor) -> None:
         q, everywhere = (torch.exp(each) / torch.exp(each).sum() for each in (logits, teacher_logits))
         p = everywhere[self.ids]
         kl = (p * (p.log() - q.log())).sum()
@@ -125,7 +124,7 @@ class Reference:
         self.hits[step][where] = self.ids[int(q.argmax())] == int(everywhere.argmax())
 
     def document(
-        self, sample: int, text: str, ids: list[int], features: Tensor, last_hidden: Tensor, ends: tuple[Tensor, Tensor]
+        self, start: int, text: str, ids: list[int], features: Tensor, last_hidden: Tensor, ends: tuple[Tensor, Tensor]
     ) -> None:
         embedding, lm_head = ends
         combined = [self.combined(features[t]) for t in range(len(text) - 1)]
@@ -144,7 +143,7 @@ class Reference:
                 y = y + self.mlp(y)
                 normed = self.norm(y, "norm")
                 teacher_logits = lm_head @ last_hidden[t + 1 + step]
-                self.score(step, (sample, t), self.linear("lm_head", normed), teacher_logits)
+                self.score(step, start + t, self.linear("lm_head", normed), teacher_logits)
                 h = normed if self.norm_output else y
 
 
@@ -173,15 +172,16 @@ def test_losses_and_gradients_are_those_of_the_definition(
     features, ends = batch.features.detach().clone().requires_grad_(), target_ends()
     ends[0].requires_grad_()
     reference = Reference(w, ids or list(range(V)), fc_norm, norm_output, kind)
-    for sample, text in enumerate(MASKS):
-        tokens = batch.input_ids[sample].tolist()
-        reference.document(sample, text, tokens, features[sample], batch.last_hidden[sample], ends)
+    lengths = batch.lengths.tolist()
+    parts = (each.split(lengths) for each in (batch.input_ids, features, batch.last_hidden))
+    for text, start, ids, states, last in zip(MASKS, accumulate([0, *lengths[:-1]]), *parts, strict=True):
+        reference.document(start, text, ids.tolist(), states, last, ends)
     sum(DECAY**step * sum(losses) for step, losses in enumerate(reference.loss)).backward()
 
     for step, result in enumerate(results):
         assert_equal_to(result.loss, sum(reference.loss[step]), f"loss {step}")
         assert_equal_to(result.alpha, sum(reference.alpha[step]), f"alpha {step}")
-        rows = [tuple(row) for row in outputs[step].rows.tolist()]
+        rows = outputs[step].rows.tolist()
         assert dict(zip(rows, result.hits.tolist(), strict=True)) == reference.hits[step]
         assert len(rows) == len(reference.hits[step]) > 1
     assert {False, True} == {hit for hits in reference.hits for hit in hits.values()}
@@ -192,9 +192,9 @@ def test_losses_and_gradients_are_those_of_the_definition(
 
 
 def without(position: int, name: str, batch: RolloutBatch) -> RolloutBatch:
-    """The first document with another content at ``position``."""
+    """The batch with another content at ``position``."""
     changed = getattr(batch, name).clone()
-    changed[0, position] = (changed[0, position] + 1) % V if name == "input_ids" else -changed[0, position]
+    changed[position] = (changed[position] + 1) % V if name == "input_ids" else -changed[position]
     return batch._replace(**{name: changed})
 
 
@@ -231,7 +231,7 @@ def test_the_targets_choice_of_the_first_token_is_no_lesson() -> None:
     draft = random_draft(DRAFT_IDS)
     assert [len(output.rows) for output in losses_of(draft, batch_of([".a..a"]))[0]] == [0] * K
     outputs, results = losses_of(draft, batch_of([".aa.a"]))
-    assert outputs[0].rows.tolist() == [[0, 0]] and len(outputs[1].rows) == 0
+    assert outputs[0].rows.tolist() == [0] and len(outputs[1].rows) == 0
     assert results[0].loss > 0 and results[1].loss == 0
 
 
@@ -262,7 +262,7 @@ def test_chunks_do_not_show(kind: str, elements: int, monkeypatch: pytest.Monkey
         draft, batch = random_draft(DRAFT_IDS), batch_of(MASKS)
         outputs, results = losses_of(draft, batch, kind)
         weighted(results, DECAY).backward()
-        rows = batch.last_hidden[tuple(outputs[0].rows.T)]
+        rows = batch.last_hidden[outputs[0].rows]
         teacher = teacher_of(rows, target_ends()[1], torch.tensor(DRAFT_IDS))
         gradients = [parameter.grad for parameter in draft.parameters()]
         found.append([*gradients, *teacher, *(tensor for result in results for tensor in result)])
@@ -271,7 +271,7 @@ def test_chunks_do_not_show(kind: str, elements: int, monkeypatch: pytest.Monkey
 
 
 def test_teacher_probabilities_are_normalised_over_the_whole_vocabulary() -> None:
-    states, (_, lm_head) = batch_of(MASKS).last_hidden[0], target_ends()
+    states, (_, lm_head) = batch_of(MASKS).last_hidden[:12], target_ends()
     whole, part = teacher_of(states, lm_head, None), teacher_of(states, lm_head, torch.tensor(DRAFT_IDS))
     torch.testing.assert_close(whole.mass, torch.ones(len(states), dtype=torch.float64))
     torch.testing.assert_close(part.p, whole.p[:, DRAFT_IDS], rtol=1e-12, atol=0)
@@ -284,15 +284,14 @@ def test_what_the_draft_cannot_say_is_never_a_hit() -> None:
     draft = random_draft(list(range(V - 7, V)))
     batch, (_, lm_head) = batch_of(MASKS), target_ends()
     (output,), _ = losses_of(draft, batch, steps=1)
-    sample, row = output.rows.unbind(1)
     own = draft.logits(output.y).argmax(-1)
     assert len(own.unique()) > 1
     lm_head = lm_head / lm_head.norm(dim=1, keepdim=True)  # so that a row's own product is the largest
     for target, hit in ((own + V - 7, True), (own, False)):
-        states = batch.last_hidden.index_put((sample, row + 1), 50 * lm_head[target])
+        states = batch.last_hidden.index_put((output.rows + 1,), 50 * lm_head[target])
         (result,) = objective(draft, [output], batch._replace(last_hidden=states), lm_head, "lk")
-        assert result.hits.tolist() == [hit] * len(row)
-    assert result.alpha < 1e-3 * len(row)
+        assert result.hits.tolist() == [hit] * len(output.rows)
+    assert result.alpha < 1e-3 * len(output.rows)
 
 
 @pytest.mark.parametrize("kind", ["kl", "lk"])

@@ -24,9 +24,9 @@ from eagle3.data.shards import StoreSample
 from eagle3.data.spool import SPOOL, SpoolReader, consumed
 from eagle3.data.store import Store
 from eagle3.models.checkpoint import load_draft
-from eagle3.models.rollout import RolloutBatch
 from eagle3.models.target import Target
 from eagle3.train import loop
+from eagle3.train.batches import Collated
 from eagle3.train.feed import Planned
 from eagle3.train.samples import Streamed
 from eagle3.train.stage import train
@@ -72,7 +72,8 @@ def expected(streamed: Settings, offline: Path) -> list[str]:
 
 
 def digest(sample: StoreSample) -> str:
-    tensors = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in sample[4:])
+    content = (sample.input_ids, sample.loss_mask, *sample.stored.values())
+    tensors = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in content)
     return sha256(repr(sample[:4]).encode() + tensors)
 
 
@@ -145,7 +146,7 @@ def test_a_trainer_sees_what_an_offline_one_sees(
     run_dir, seen = tmp_path / "run", dict[int, list[str]]()
     take = loop.Trainer._step
 
-    def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[RolloutBatch]) -> dict:
+    def stepping(trainer: loop.Trainer, planned: Planned, parts: Iterable[Collated]) -> dict:
         step, _, samples = planned.batch
         seen[step] = [digest(trainer.samples[index]) for index in samples]
         if step == 5 and not killed:

@@ -29,7 +29,7 @@ from ...data.files import encode_json, write_atomic
 from ...models import kernels
 from ...models.costs import step_flop
 from ...models.draft import DraftConfig, Eagle3Draft
-from ...models.rollout import RolloutBatch, rollout, supervised
+from ...models.rollout import RolloutBatch, layout, rollout, supervised
 from ..objective import objective, weighted
 from ..speed import peak_of
 from .measure import Marks, agreement, by_kernel, products, tune
@@ -107,28 +107,27 @@ class Bench:
 def random_batch(preset: Preset, prompt: int, device: str) -> RolloutBatch:
     """Documents whose first ``prompt`` tokens are a prompt, and the rest one answer."""
     documents, length, config = preset.documents, preset.length, preset.config
-    shape = (documents, length)
+    tokens = documents * length
     with torch.device(device):
-        mask = (torch.arange(length) >= prompt).expand(shape).contiguous()
         return RolloutBatch(
-            torch.randint(config.vocab_size, shape),
-            mask,
-            torch.randn(*shape, len(config.target_layers), config.hidden_size, dtype=torch.bfloat16),
-            torch.randn(*shape, config.hidden_size, dtype=torch.bfloat16),
+            torch.randint(config.vocab_size, (tokens,)),
+            (torch.arange(length) >= prompt).repeat(documents),
+            torch.randn(tokens, len(config.target_layers), config.hidden_size, dtype=torch.bfloat16),
+            torch.randn(tokens, config.hidden_size, dtype=torch.bfloat16),
             torch.full((documents,), length),
         )
 
 
 def needed_flop(config: DraftConfig, batch: RolloutBatch) -> int:
     """What the module's docstring counts."""
-    keys = batch.input_ids.shape[0] * (batch.input_ids.shape[1] - 1)
-    return step_flop(config, keys, supervised(batch.loss_mask, STEPS).sum((1, 2)).tolist())
+    keys = len(batch.input_ids) - len(batch.lengths)  # that of a document's last token is of no use
+    return step_flop(config, keys, supervised(batch.loss_mask, batch.lengths, STEPS).sum(1).tolist())
 
 
 def attention_flop(config: DraftConfig, batch: RolloutBatch) -> float:
     """Scores and weighted values of step-0 keys, forwards and backwards: what is beside ``needed_flop``."""
-    sets_KBT = supervised(batch.loss_mask, STEPS)
-    seen = (sets_KBT * torch.arange(1, sets_KBT.shape[2] + 1, device=sets_KBT.device)).sum().item()
+    position = layout(batch.lengths, len(batch.input_ids)).position
+    seen = (supervised(batch.loss_mask, batch.lengths, STEPS) * (position + 1)).sum().item()
     return 12.0 * seen * config.num_heads * config.head_dim
 
 

@@ -2,8 +2,8 @@
 
     python -m eagle3.train.bench.loop --out train/bench/results/<hardware>/loop.json
 
-The store has Maverick's shape, and everything is as in ``eagle3 train``: samples are read, decoded and collated while the
-steps before them are taken. Weights, states and tokens are random; neither time nor memory depends on them.
+The store has Maverick's shape, and everything is as in ``eagle3 train``: samples are read and packed while the steps before
+them are taken. Weights, states and tokens are random; neither time nor memory depends on them.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def simulated(draft: Path, store: Store, settings: Settings) -> float:
     tally, lengths = Tally(chain, chain), store.lengths()
     for split in ("validation", "test"):
         for part in validation_parts(store.indices(split), lengths, 0, 1):
-            batch = collate([store[index] for index in part])
+            batch = collate([store[index] for index in part]).on(head.embedding.device)
             tally.add(batch, module(batch))
     return tally.result().acceptance_length
 
