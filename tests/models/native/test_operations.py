@@ -11,7 +11,7 @@ from eagle3.configs.settings import TargetSettings
 from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig, Temperature
 from eagle3.models.native.decoder import Decoder
-from eagle3.models.native.experts import alone, by_expert, gathered, grouped, looped, routed
+from eagle3.models.native.experts import alone, gathered, grouped, looped, routed
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.operations import Operations
 from eagle3.models.native.sights import branching, following, packed
@@ -23,16 +23,16 @@ from .conftest import CAPTURED, LLAMA4, assert_close, built, random_ids
 EXPERTS, HIDDEN, WIDTH = 5, 16, 24
 WAYS: dict[str, Callable[[Tensor, Tensor, Experts], Tensor]] = {
     "gathered": gathered,
-    "looped": lambda x, expert, weights: by_expert(x, expert, weights, looped),
-    "grouped": lambda x, expert, weights: by_expert(x, expert, weights, grouped),
+    "looped": looped,
+    "grouped": grouped,
     "chosen": routed,
 }
 
 
 def random_experts(dtype: torch.dtype) -> Experts:
     torch.manual_seed(0)
-    shapes = (EXPERTS, HIDDEN), (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
-    shared = Dense(torch.randn(2 * WIDTH, HIDDEN, dtype=dtype), torch.randn(HIDDEN, WIDTH, dtype=dtype))
+    shapes = (HIDDEN, EXPERTS), (EXPERTS, HIDDEN, 2 * WIDTH), (EXPERTS, WIDTH, HIDDEN)
+    shared = Dense(torch.randn(HIDDEN, 2 * WIDTH, dtype=dtype), torch.randn(WIDTH, HIDDEN, dtype=dtype))
     return Experts(*(torch.randn(shape, dtype=dtype) for shape in shapes), shared)
 
 
