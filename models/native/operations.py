@@ -9,6 +9,8 @@ of an MLP, K experts of a token, R = T * K.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,17 +22,15 @@ from .sights import Blocks, Step, Window
 from .weights import Dense, Experts
 
 
-class Rotation:
+class Rotation(NamedTuple):
     """What positions do to queries and keys in one forward.
 
     ``pairs``: complex ``[T, 1, C]``, multiplies pairs (2i, 2i + 1) of a head. ``temperature``: ``[T, 1]``, multiplies the
     queries of layers that do not rotate; None: 1 for all.
     """
 
-    __slots__ = ("pairs", "temperature")
-
-    def __init__(self, pairs: Tensor, temperature: Tensor | None) -> None:
-        self.pairs, self.temperature = pairs, temperature
+    pairs: Tensor
+    temperature: Tensor | None
 
 
 class Operations:

@@ -198,6 +198,21 @@ def test_as_many_elements_in_another_shape(folder: Path) -> None:
     assert f"its {name} is (48, 32) and not (32, 48)" in refusal(folder)
 
 
+def test_damaged_files(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "its weights are damaged" in refusal(folder)
+
+
+def test_an_index_that_is_not_of_these_files(saved: Callable[..., Path]) -> None:
+    folder = saved(built(COMMON), **SHARDS)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    names["model.norm.weight"] = names["model.embed_tokens.weight"]
+    index.write_text(json.dumps({"weight_map": names}))
+    assert "its weights are damaged (File does not contain tensor model.norm.weight)" in refusal(folder)
+
+
 def test_layers_that_it_has_not(folder: Path) -> None:
     assert "the target has 4 layers" in refusal(folder, layers=(1, 4))
 
