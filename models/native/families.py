@@ -18,7 +18,7 @@ from ...configs.errors import UserError
 from ..kv_cache import CHUNKED, FULL
 from .config import DecoderConfig, LayerConfig, RopeScaling, Temperature
 
-SETTING = "target.path"
+SETTING = "target.path"  # whose value it is that does not suit
 #: What is computed here of settings that could say something else.
 PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 

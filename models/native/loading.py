@@ -8,10 +8,12 @@ Of the matrices of all experts of a layer, which are one tensor of up to 21 GB, 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -22,7 +24,7 @@ from ..target_files import TargetFiles
 from ..target_info import TargetInfo, configured, end_ids
 from ..weights import weights_sha256
 from .decoder import Decoder
-from .families import family_of
+from .families import SETTING, family_of
 from .memory import check_memory
 from .operations import Operations
 from .target import NativeTarget
@@ -68,26 +70,37 @@ def fill(wanted: dict[str, Place], settings: TargetSettings, device: torch.devic
     """Read what is ``wanted``, file by file.
 
     Raises:
-        UserError: a tensor is not there, or has another shape.
+        UserError: a tensor is not there, or has another shape, or its file is damaged.
     """
-    files = TargetFiles(settings)
-    by_file: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    try:
+        for file, names in _by_file(wanted, TargetFiles(settings)).items():
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                for stored, name in names:
+                    _fill_one(wanted[name], tensors.get_slice(stored), stored, settings)
+    except SafetensorError as error:
+        problem = f"its weights are damaged ({error})"
+        raise UserError(SETTING, settings.path, problem, "get the files again") from error
+
+
+def _by_file(wanted: Iterable[str], files: TargetFiles) -> dict[str, list[tuple[str, str]]]:
+    """Of every file the tensors that are wanted: what it calls them, and what they are called here."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for name in wanted:
         file, stored = files.find(name)
-        by_file[file].append((stored, name))
-    for file in sorted(by_file):
-        with safe_open(file, "pt", device=str(device)) as tensors:
-            for stored, name in by_file[file]:
-                view, shape = wanted[name]
-                part = tensors.get_slice(stored)
-                if tuple(part.get_shape()) != shape:
-                    problem = f"its {stored} is {tuple(part.get_shape())} and not {shape}"
-                    raise UserError("target.path", settings.path, problem, "take files that belong together")
-                if len(shape) < 3:
-                    view.copy_(part[:].view(view.shape))
-                else:
-                    for index, expert in enumerate(view):
-                        expert.copy_(part[index])
+        found[file].append((stored, name))
+    return found
+
+
+def _fill_one(place: Place, part: Any, stored: str, settings: TargetSettings) -> None:
+    found = tuple(part.get_shape())
+    if found != place.shape:
+        problem = f"its {stored} is {found} and not {place.shape}"
+        raise UserError(SETTING, settings.path, problem, "take files that belong together")
+    if len(found) < 3:
+        place.view.copy_(part[:].view(place.view.shape))
+        return
+    for index, expert in enumerate(place.view):
+        expert.copy_(part[index])
 
 
 def _end_ids(settings: TargetSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch
 from ...configs.errors import UserError
 from .cache import cache_bytes
 from .config import DecoderConfig
+from .families import SETTING
 from .weights import allocate, total_bytes
 
 GB = 10**9
@@ -56,4 +57,4 @@ def check_memory(name: str, config: DecoderConfig, capacity: int, device: torch.
             f"and {free / GB:,.1f} GB of {device} are free"
         )
         remedy = "take a device with more memory, shorter answers, or target.dtype=bfloat16"
-        raise UserError("target.path", name, problem, remedy)
+        raise UserError(SETTING, name, problem, remedy)

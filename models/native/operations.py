@@ -9,6 +9,8 @@ of an MLP, K experts of a token, R = T * K.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,17 +22,15 @@ from .sights import Blocks, Step, Window
 from .weights import Dense, Experts
 
 
-class Rotation:
+class Rotation(NamedTuple):
     """What positions do to queries and keys in one forward.
 
     ``pairs``: complex ``[T, 1, C]``, multiplies pairs (2i, 2i + 1) of a head. ``temperature``: ``[T, 1]``, multiplies the
     queries of layers that do not rotate; None: 1 for all.
     """
 
-    __slots__ = ("pairs", "temperature")
-
-    def __init__(self, pairs: Tensor, temperature: Tensor | None) -> None:
-        self.pairs, self.temperature = pairs, temperature
+    pairs: Tensor
+    temperature: Tensor | None
 
 
 class Operations:
@@ -44,7 +44,11 @@ class Operations:
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         self.config = config
         self._frequencies_C = frequencies(config).to(device)
+        # As tensors, since a number is made one in every operation.
         self._root_eps = torch.tensor(config.rms_norm_eps**0.5, device=device)
+        self._scales = {
+            width: torch.tensor(width**-0.5, device=device) for width in (config.hidden_size, config.head_dim)
+        }
         self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
 
     def rotation(self, step: Step) -> Rotation:
@@ -61,12 +65,12 @@ class Operations:
         """RMSNorm, computed in float32. ``[T, H]`` to ``[T, H]``."""
         if x_TH.device.type != "cpu":
             return F.rms_norm(x_TH, weight_H.shape, weight_H, self.config.rms_norm_eps)
-        wide_TH = x_TH.float()
-        return (wide_TH / self._mean_square_root(wide_TH)).mul_(weight_H).to(x_TH.dtype)
+        wide_TH = _wide(x_TH)
+        return _narrowed((wide_TH / self._mean_square_root(wide_TH)).mul_(weight_H), x_TH)
 
-    def linear(self, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    def linear(self, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
         """``[T, I]`` to ``[T, O]``."""
-        return F.linear(x_TI, weight_OI)
+        return torch.mm(x_TI, weight_IO)
 
     def attend(
         self, qkv: Tensor, layer: LayerConfig, rotation: Rotation, step: Step, index: int, cache: Cache | None
@@ -76,16 +80,15 @@ class Operations:
         New keys and values enter ``cache`` on the way.
         """
         heads, stored, width = self._heads
-        qkv_TNW = qkv.view(-1, heads + 2 * stored, width)
         if layer.rotates:
-            self._rotate(qkv_TNW[:, : heads + stored], rotation)
+            self._rotate(qkv, rotation)
         elif rotation.temperature is not None:
-            qkv[:, : heads * width] *= rotation.temperature
+            qkv.narrow(1, 0, heads * width).mul_(rotation.temperature)
         if cache is not None and step.places is not None:
-            cache.layers[index].index_copy_(0, step.places, qkv[:, heads * width :])
+            cache.layers[index].index_copy_(0, step.places, qkv.narrow(1, heads * width, 2 * stored * width))
         sight = step.sights[layer.chunk]
         if isinstance(sight, Blocks):
-            return self._attend_blocks(qkv_TNW, sight)
+            return self._attend_blocks(qkv.view(-1, heads + 2 * stored, width), sight)
         assert cache is not None
         reach = sight.start, sight.end - sight.start
         keys_1MSW, values_1MSW = cache.keys[index].narrow(2, *reach), cache.values[index].narrow(2, *reach)
@@ -93,33 +96,37 @@ class Operations:
 
     def mlp(self, x_TH: Tensor, weights: Dense) -> Tensor:
         """SwiGLU, ``[T, H]`` to ``[T, H]``."""
-        return F.linear(gated(F.linear(x_TH, weights.gate_up)), weights.down)
+        return torch.mm(gated(torch.mm(x_TH, weights.gate_up)), weights.down)
 
     def experts(self, x_TH: Tensor, weights: Experts) -> Tensor:
         """The shared expert and those that each token is routed to, ``[T, H]`` to ``[T, H]``.
 
         A token's chosen experts take it scaled by the sigmoid of their router logit.
         """
-        top = F.linear(x_TH, weights.router).topk(self.config.top_k, -1)
-        score_TK = top.values.float().sigmoid_().to(x_TH.dtype)
-        scaled_RH = x_TH if self.config.top_k == 1 else x_TH.repeat_interleave(self.config.top_k, 0)
-        routed_RH = routed(scaled_RH * score_TK.view(-1, 1), top.indices.view(-1), weights)
-        if self.config.top_k > 1:
-            routed_RH = routed_RH.unflatten(0, (-1, self.config.top_k)).sum(1)
-        return self.mlp(x_TH, weights.shared).add_(routed_RH)
+        count = self.config.top_k
+        logit_TK, expert_TK = torch.mm(x_TH, weights.router).topk(count, -1)
+        score_TK = _narrowed(_wide(logit_TK).sigmoid_(), x_TH)
+        if count == 1:
+            routed_TH = routed(x_TH * score_TK, expert_TK.view(-1), weights)
+        else:
+            scaled_RH = (x_TH[:, None] * score_TK[..., None]).flatten(0, 1)
+            routed_TH = routed(scaled_RH, expert_TK.view(-1), weights).unflatten(0, (-1, count)).sum(1)
+        return self.mlp(x_TH, weights.shared).add_(routed_TH)
 
     def _mean_square_root(self, x: Tensor) -> Tensor:
         """``sqrt(mean(x ** 2) + eps)`` over the last dimension, in three operations where rms_norm takes eight."""
-        norm = torch.linalg.vector_norm(x, 2, -1, True)
-        return norm.mul_(x.shape[-1] ** -0.5).hypot_(self._root_eps)
+        return torch.linalg.vector_norm(x, 2, -1, True).mul_(self._scales[x.shape[-1]]).hypot_(self._root_eps)
 
-    def _rotate(self, x_TNW: Tensor, rotation: Rotation) -> None:
-        wide_TNW = x_TNW if x_TNW.dtype == torch.float32 else x_TNW.float()
-        torch.view_as_complex(wide_TNW.unflatten(-1, (-1, 2))).mul_(rotation.pairs)
+    def _rotate(self, qkv: Tensor, rotation: Rotation) -> None:
+        heads, stored, width = self._heads
+        pairs_TNC2 = qkv.view(-1, heads + 2 * stored, width // 2, 2).narrow(1, 0, heads + stored)
+        wide_TNC2 = _wide(pairs_TNC2)
+        torch.view_as_complex(wide_TNC2).mul_(rotation.pairs)
         if self.config.qk_norm:
+            wide_TNW = wide_TNC2.view(-1, heads + stored, width)
             wide_TNW.div_(self._mean_square_root(wide_TNW))
-        if wide_TNW is not x_TNW:
-            x_TNW.copy_(wide_TNW)
+        if wide_TNC2 is not pairs_TNC2:
+            pairs_TNC2.copy_(wide_TNC2)
 
     def _attend_blocks(self, qkv_TNW: Tensor, sight: Blocks) -> Tensor:
         heads, stored, _ = self._heads
@@ -148,6 +155,15 @@ class Operations:
             query_1NTW, keys_1MSW, values_1MSW, attn_mask=sight.mask, enable_gqa=True
         )
         return attended_1NTW[0].transpose(0, 1).flatten(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in float32; asking for its type costs less than a conversion that changes nothing."""
+    return x if x.dtype == torch.float32 else x.float()
+
+
+def _narrowed(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.dtype == like.dtype else x.to(like.dtype)
 
 
 def frequencies(config: DecoderConfig) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -78,7 +79,7 @@ class NativeTarget:
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """``[..., H]`` after the final norm to ``[..., V]``."""
-        return self.decoder.operations.linear(last_hidden, self.head.lm_head)
+        return F.linear(last_hidden, self.head.lm_head)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of at most ``capacity`` tokens; its memory is taken now."""

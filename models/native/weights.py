@@ -1,7 +1,9 @@
 """The tensors of a decoder as it computes with them, and where each tensor of a checkpoint goes.
 
-Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. An expert's matrices
-are stored as every other is, ``[out, in]``, whatever the checkpoint does.
+Queries, keys and values are one matrix, and so are gate and up: one product instead of three or two. Matrices of layers
+are ``[in, out]``, as a checkpoint has its experts', so that a product is one call. Where they are in memory is another
+thing: on a CPU by rows of that, since its products of a few tokens then take up to half the time; elsewhere by rows of the
+transposed, as kernels for few tokens read them.
 
 Shapes: H hidden, V vocabulary, E experts, I width of an MLP, Q widths of all queries, keys and values.
 """
@@ -20,14 +22,14 @@ from .families import Family
 
 
 class Dense(NamedTuple):
-    """``down(silu(gate(x)) * up(x))``: ``gate_up`` ``[2I, H]``, gate first, and ``down`` ``[H, I]``."""
+    """``down(silu(gate(x)) * up(x))``: ``gate_up`` ``[H, 2I]``, gate first, and ``down`` ``[I, H]``."""
 
     gate_up: Tensor
     down: Tensor
 
 
 class Experts(NamedTuple):
-    """``router`` ``[E, H]``, ``gate_up`` ``[E, 2I, H]``, ``down`` ``[E, H, I]``, and what all tokens share."""
+    """``router`` ``[H, E]``, ``gate_up`` ``[E, H, 2I]``, ``down`` ``[E, I, H]``, and what all tokens share."""
 
     router: Tensor
     gate_up: Tensor
@@ -36,7 +38,7 @@ class Experts(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """``qkv`` ``[Q, H]``, with pairs (2i, 2i + 1) rotating together; ``out`` ``[H, N * W]``; two norms ``[H]``."""
+    """``qkv`` ``[H, Q]``, with pairs (2i, 2i + 1) rotating together; ``out`` ``[N * W, H]``; two norms ``[H]``."""
 
     input_norm: Tensor
     qkv: Tensor
@@ -67,24 +69,27 @@ def allocate(config: DecoderConfig, device: torch.device, dtype: torch.dtype) ->
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    def matrix(*shape: int) -> Tensor:
+        *count, into, out = shape
+        return empty(*shape) if device.type == "cpu" else empty(*count, out, into).mT
+
     hidden, width = config.hidden_size, config.query_width
 
     def dense(inner: int) -> Dense:
-        return Dense(empty(2 * inner, hidden), empty(hidden, inner))
+        return Dense(matrix(hidden, 2 * inner), matrix(inner, hidden))
 
     def mlp(layer: LayerConfig) -> Dense | Experts:
         if not (count := layer.experts):
             return dense(layer.width)
-        gate_up, down = empty(count, 2 * layer.width, hidden), empty(count, hidden, layer.width)
-        return Experts(empty(count, hidden), gate_up, down, dense(layer.width))
+        gate_up, down = matrix(count, hidden, 2 * layer.width), matrix(count, layer.width, hidden)
+        return Experts(matrix(hidden, count), gate_up, down, dense(layer.width))
+
+    def decoder_layer(layer: LayerConfig) -> LayerWeights:
+        qkv, out = matrix(hidden, width + config.stored_width), matrix(width, hidden)
+        return LayerWeights(empty(hidden), qkv, out, empty(hidden), mlp(layer))
 
     embedding = empty(config.vocab_size, hidden)
-    layers = tuple(
-        LayerWeights(
-            empty(hidden), empty(width + config.stored_width, hidden), empty(hidden, width), empty(hidden), mlp(layer)
-        )
-        for layer in config.layers
-    )
+    layers = tuple(decoder_layer(layer) for layer in config.layers)
     lm_head = embedding if config.tied else empty(config.vocab_size, hidden)
     return DecoderWeights(embedding, layers, empty(hidden), lm_head)
 
@@ -104,9 +109,9 @@ def places(weights: DecoderWeights, config: DecoderConfig, family: Family) -> di
 def _layer_places(layer: LayerWeights, config: DecoderConfig, family: Family) -> Iterator[tuple[str, Place]]:
     yield "input_layernorm.weight", _as_it_is(layer.input_norm)
     yield "post_attention_layernorm.weight", _as_it_is(layer.mlp_norm)
-    yield "self_attn.o_proj.weight", _as_it_is(layer.out)
+    yield "self_attn.o_proj.weight", _as_it_is(layer.out.t())
     stored = config.stored_width // 2
-    query, key, value = layer.qkv.split([config.query_width, stored, stored])
+    query, key, value = layer.qkv.t().split([config.query_width, stored, stored])
     yield "self_attn.q_proj.weight", _rotating(query, config, family)
     yield "self_attn.k_proj.weight", _rotating(key, config, family)
     yield "self_attn.v_proj.weight", _as_it_is(value)
@@ -114,15 +119,15 @@ def _layer_places(layer: LayerWeights, config: DecoderConfig, family: Family) ->
     if isinstance(mlp, Dense):
         yield from _dense_places(mlp, family.mlp)
         return
-    yield f"{family.mlp}.router.weight", _as_it_is(mlp.router)
-    yield f"{family.mlp}.experts.gate_up_proj", _as_it_is(mlp.gate_up.mT)
-    yield f"{family.mlp}.experts.down_proj", _as_it_is(mlp.down.mT)
+    yield f"{family.mlp}.router.weight", _as_it_is(mlp.router.t())
+    yield f"{family.mlp}.experts.gate_up_proj", _as_it_is(mlp.gate_up)
+    yield f"{family.mlp}.experts.down_proj", _as_it_is(mlp.down)
     yield from _dense_places(mlp.shared, f"{family.mlp}.shared_expert")
 
 
 def _dense_places(mlp: Dense, name: str) -> Iterator[tuple[str, Place]]:
-    gate, up = mlp.gate_up.chunk(2)
-    for part, tensor in (("gate", gate), ("up", up), ("down", mlp.down)):
+    gate, up = mlp.gate_up.t().chunk(2)
+    for part, tensor in (("gate", gate), ("up", up), ("down", mlp.down.t())):
         yield f"{name}.{part}_proj.weight", _as_it_is(tensor)
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHUNK, LAYERS = 8, 4
 CAPTURED = tuple(range(LAYERS - 1))  # the last of transformers' hidden states is after the final norm
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -82,6 +83,7 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_close(ours: Tensor, theirs: Tensor, limit: float = 1e-4) -> None:
     """Equal up to rounding, relative to the largest value."""
+    ours, theirs = ours.cpu(), theirs.cpu()
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
 

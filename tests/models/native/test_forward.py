@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from eagle3.models.target import TargetOutput
+from eagle3.configs.settings import TargetSettings
+from eagle3.models.native.loading import load_native
+from eagle3.models.target import TargetOutput, load_target
 from torch import Tensor
 
 from .conftest import CHUNK, Pair, assert_close, random_ids
@@ -112,6 +114,23 @@ def test_tree_that_is_a_chain_is_the_chain(pairs: Callable[[str], Pair]) -> None
     cache.rollback(21)  # none of it is kept
     again = target.forward(ids[21:], cache)
     assert torch.equal(again.last_hidden, chain.last_hidden)
+
+
+def test_the_target_that_ships_says_the_same() -> None:
+    """Prompts of one token, of less than a chunk, whose end the answer may cross, and of more."""
+    settings = TargetSettings()
+    ours, theirs = load_native(settings, 320), load_target(settings)
+    assert ours.info == theirs.info
+    cache = ours.new_cache(320)
+    for length in (1, 250, 300):
+        ids = torch.randint(7, ours.info.vocab_size, (length,), generator=torch.Generator().manual_seed(length))
+        expected = theirs.generate([ids.tolist()], [0.0], 20)[0].ids
+        cache.rollback(0)
+        output = ours.forward(ids, cache)
+        for token in expected:
+            logits = ours.logits(output.last_hidden[-1])
+            assert int(logits.argmax()) == token
+            output = ours.forward(torch.tensor([token]), cache)
 
 
 def test_a_tree_is_settled_before_anything_else(pairs: Callable[[str], Pair]) -> None:

@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     Llama4Config,
     Llama4ForConditionalGeneration,
+    Llama4TextConfig,
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -33,6 +34,7 @@ from transformers import (
 
 from .conftest import CAPTURED, COMMON, LLAMA4, VARIANTS, assert_close, built, random_ids
 
+CPU = torch.device("cpu")
 SHARDS = {"max_shard_size": "60KB"}
 VISION = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 28,
@@ -71,7 +73,7 @@ def test_it_says_of_itself_what_the_other_says(tiny_folder: Path, tiny_target: T
     assert ours.info == tiny_target.info
     assert ours.text.eos_ids == tiny_target.text.eos_ids
     for mine, other in zip(ours.head, tiny_target.head, strict=True):
-        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(other))
+        assert torch.equal(torch.as_tensor(mine).cpu(), torch.as_tensor(other).cpu())
     assert ours.head.lm_head is ours.head.embedding
 
 
@@ -125,7 +127,7 @@ def changed_config(folder: Path, **changes: Any) -> None:
 
 def refusal(folder: Path, **changes: Any) -> str:
     with pytest.raises(UserError) as refused:
-        load_native(settings_of(folder, **changes), 64)
+        load_native(settings_of(folder, **changes), 64, CPU)
     assert refused.value.exit_code == 2
     assert "\n" not in str(refused.value)
     return str(refused.value)
@@ -198,6 +200,21 @@ def test_as_many_elements_in_another_shape(folder: Path) -> None:
     assert f"its {name} is (48, 32) and not (32, 48)" in refusal(folder)
 
 
+def test_damaged_files(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "its weights are damaged" in refusal(folder)
+
+
+def test_an_index_that_is_not_of_these_files(saved: Callable[..., Path]) -> None:
+    folder = saved(built(COMMON), **SHARDS)
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    names["model.norm.weight"] = names["model.embed_tokens.weight"]
+    index.write_text(json.dumps({"weight_map": names}))
+    assert "its weights are damaged (File does not contain tensor model.norm.weight)" in refusal(folder)
+
+
 def test_layers_that_it_has_not(folder: Path) -> None:
     assert "the target has 4 layers" in refusal(folder, layers=(1, 4))
 
@@ -219,6 +236,15 @@ def test_memory_is_known_before_anything_is_loaded(variant: str, saved: Callable
     assert cache == load_native(settings_of(folder, dtype="bfloat16"), 100).new_cache(100).stored.nbytes
 
 
+def test_memory_of_maverick() -> None:
+    """By hand: 3.02 B in attention, 6.04 B dense, 3.02 B shared, 386.5 B routed, and twice 1.03 B at the ends."""
+    maverick = Llama4TextConfig(num_local_experts=128, interleave_moe_layer_step=2, use_qk_norm=False)
+    _, config = family_of(maverick, "")
+    weights, cache = needed_bytes(config, 1, torch.bfloat16)
+    assert weights / 2 == pytest.approx(400.65e9, rel=1e-3)
+    assert cache == 48 * 2 * 8 * 128 * 2
+
+
 def test_too_little_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights fit, but not with the cache; nothing was read to know it."""
     _, config = family_of(AutoConfig.from_pretrained(folder), "")
@@ -226,7 +252,7 @@ def test_too_little_memory(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr(memory, "MEMINFO", meminfo)
     meminfo.write_text(f"MemFree: 1 kB\nMemAvailable: {(weights + cache) // 1024 + 1} kB\n")
-    load_native(settings_of(folder), 64)
+    load_native(settings_of(folder), 64, CPU)
     (folder / "model.safetensors").unlink()
     meminfo.write_text(f"MemFree: 1 kB\nMemAvailable: {(weights + cache) // 1024 - 1} kB\n")
     said = refusal(folder)

@@ -11,29 +11,29 @@ from eagle3.configs.settings import TargetSettings
 from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig, Temperature
 from eagle3.models.native.decoder import Decoder
-from eagle3.models.native.experts import alone, by_expert, gathered, grouped, looped, routed
+from eagle3.models.native.experts import alone, gathered, grouped, looped, routed
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.operations import Operations
 from eagle3.models.native.sights import branching, following, packed
 from eagle3.models.native.weights import Dense, Experts, allocate
 from torch import Tensor
 
-from .conftest import CAPTURED, LLAMA4, assert_close, built, random_ids
+from .conftest import CAPTURED, DEVICE, LLAMA4, assert_close, built, random_ids
 
 EXPERTS, HIDDEN, WIDTH = 5, 16, 24
 WAYS: dict[str, Callable[[Tensor, Tensor, Experts], Tensor]] = {
     "gathered": gathered,
-    "looped": lambda x, expert, weights: by_expert(x, expert, weights, looped),
-    "grouped": lambda x, expert, weights: by_expert(x, expert, weights, grouped),
+    "looped": looped,
+    "grouped": grouped,
     "chosen": routed,
 }
 
 
 def random_experts(dtype: torch.dtype) -> Experts:
     torch.manual_seed(0)
-    shapes = (EXPERTS, HIDDEN), (EXPERTS, 2 * WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)
-    shared = Dense(torch.randn(2 * WIDTH, HIDDEN, dtype=dtype), torch.randn(HIDDEN, WIDTH, dtype=dtype))
-    return Experts(*(torch.randn(shape, dtype=dtype) for shape in shapes), shared)
+    shapes = (HIDDEN, EXPERTS), (EXPERTS, HIDDEN, 2 * WIDTH), (EXPERTS, WIDTH, HIDDEN)
+    shared = Dense(torch.empty(0), torch.empty(0))
+    return Experts(*(torch.randn(shape).to(DEVICE, dtype) for shape in shapes), shared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -42,8 +42,8 @@ def random_experts(dtype: torch.dtype) -> Experts:
 def test_ways_through_the_experts(way: str, rows: int, dtype: torch.dtype) -> None:
     """One row after the other is the plain one; some experts have no rows."""
     weights = random_experts(dtype)
-    x_RH = torch.randn(rows, HIDDEN).to(dtype)
-    expert_R = torch.randint(0, EXPERTS - 1, (rows,))
+    x_RH = torch.randn(rows, HIDDEN).to(DEVICE, dtype)
+    expert_R = torch.randint(0, EXPERTS - 1, (rows,)).to(DEVICE)
     plain = torch.cat([alone(x_RH[row : row + 1], expert_R[row : row + 1], weights) for row in range(rows)])
     assert_close(WAYS[way](x_RH, expert_R, weights).float(), plain.float(), 1e-5 if dtype == torch.float32 else 1e-2)
 
@@ -52,8 +52,8 @@ def test_ways_through_the_experts(way: str, rows: int, dtype: torch.dtype) -> No
 def test_no_other_expert_is_computed(way: str) -> None:
     weights = random_experts(torch.float32)
     weights.gate_up[3], weights.down[3] = torch.nan, torch.nan
-    expert_R = torch.tensor([0, 4, 4, 1, 2, 0])
-    assert WAYS[way](torch.randn(6, HIDDEN), expert_R, weights).isfinite().all()
+    expert_R = torch.tensor([0, 4, 4, 1, 2, 0], device=DEVICE)
+    assert WAYS[way](torch.randn(6, HIDDEN).to(DEVICE), expert_R, weights).isfinite().all()
 
 
 def test_norm_is_the_same_on_every_device() -> None:
@@ -63,8 +63,9 @@ def test_norm_is_the_same_on_every_device() -> None:
     x_TH[3:] *= 1e-3
     x_TH[5] = 0
     expected = torch.nn.functional.rms_norm(x_TH, (HIDDEN,), weight_H, 1e-5)
-    ours = Operations(config, torch.device("cpu")).norm(x_TH, weight_H)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    for device in {torch.device("cpu"), DEVICE}:
+        ours = Operations(config, device).norm(x_TH.to(device), weight_H.to(device))
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_forward_asks_its_device_for_nothing() -> None:
