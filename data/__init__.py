@@ -10,11 +10,13 @@ module             what it does
 ``messages``       the forms of a conversation, and what of one is asked
 ``prompts``        from rows to conversations, with what was refused
 ``choice``         choosing in one pass, evenly over the sources
+``spill``          conversations set aside on disk while more come by
 ``chat``           the target's own chat format
 ``mask``           which tokens of a finished conversation the assistant wrote
 ``given``          answers that conversations bring with them
 ``prepare``        stage 1: choose the prompts and split them
 ``regenerate``     stage 2: let the target answer them, in process or on servers
+``questions``      what the target is asked, each made when it is its turn
 ``dialogue``       one conversation on its way through its turns
 ``client``         requests to one server, and what there is instead of an answer
 ``endpoints``      one OpenAI-compatible server, and what its troubles mean
@@ -29,7 +31,8 @@ module             what it does
 ``shards``         one shard: written, published, mapped
 ``mapped``         views of mapped files, brought into memory while others are read
 ``index``          who the samples of a shard or a store are
-``store``          the contract with the trainer: manifest and reader
+``manifest``       what a store was made from and holds, and whether the files are those
+``store``          the contract with the trainer, and its reader
 ``spool``          a store that is read while it is recorded, and never larger than a few shards
 ``vocabulary``     which target tokens the draft may say
 ``verification``   whether files are what was written, many read at once

@@ -19,7 +19,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from ..configs.errors import UserError
-from .conversations import PROMPTS, each_conversation, written
+from .conversations import PROMPTS, places, read_conversations, written
 
 ANSWERS, SUMMARY, FAILED = "answers.jsonl", "answers.summary.json", "failed.jsonl"
 GIVEN = "given"  # a finish
@@ -74,9 +74,14 @@ def read_answers(path: Path) -> list[Answer]:
     return list(each_answer(path))
 
 
-def read_failures(path: Path) -> list[Failure]:
+def each_failure(path: Path) -> Iterator[Failure]:
     """The conversations that were given up, in the order of the file."""
-    return [Failure(**row) for _, row in written(path, Failure._fields)]
+    return (Failure(**row) for _, row in written(path, Failure._fields))
+
+
+def read_failures(path: Path) -> list[Failure]:
+    """All of them at once, in memory."""
+    return list(each_failure(path))
 
 
 class Answers(Sequence[Answer]):
@@ -128,16 +133,16 @@ def read_finished(folder: Path, vocab_size: int) -> Answers:
         raise UserError("conversations", folder, "it holds no answers", "run eagle3 regenerate first")
     found = array("q")  # first byte, bytes and tokens of each line
     lines: dict[str, int] = {}
-    for number, (answer, place) in enumerate(zip(each_answer(path), _places(path), strict=True)):
+    for number, (answer, place) in enumerate(zip(each_answer(path), places(path), strict=True)):
         if (largest := max(answer.ids)) >= vocab_size:
             problem = f"its token {largest} is beyond the target's vocabulary of {vocab_size}"
             raise UserError("conversations", answer.id, problem, f"delete {path} and answer again")
         found.extend((*place, len(answer.ids)))
         lines[answer.id] = number
     allowed = (folder / SUMMARY).exists() and (folder / FAILED).exists()
-    left_out = {failure.id for failure in read_failures(folder / FAILED)} if allowed else set()
+    left_out = {failure.id for failure in each_failure(folder / FAILED)} if allowed else set()
     order, prompts, missing = array("q"), 0, 0
-    for prompt in each_conversation(folder / PROMPTS):
+    for prompt in read_conversations(folder / PROMPTS):
         prompts += 1
         if prompt.id in lines:
             order.append(lines[prompt.id])
@@ -148,13 +153,3 @@ def read_finished(folder: Path, vocab_size: int) -> Answers:
         raise UserError("conversations", folder, problem, "run eagle3 regenerate")
     table = np.array(found, dtype=np.int64).reshape(-1, 3)[np.array(order, dtype=np.int64)]
     return Answers(path, table[:, :2].copy(), table[:, 2].astype(np.int32))
-
-
-def _places(path: Path) -> Iterator[tuple[int, int]]:
-    """The first byte, and the number of bytes, of each line that is not blank."""
-    with path.open("rb") as file:
-        start = 0
-        for line in file:
-            if line.strip():
-                yield start, len(line)
-            start += len(line)

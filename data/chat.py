@@ -6,6 +6,7 @@ that it said, turn after turn. What was said is never tokenised again, and the l
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..configs.errors import UserError
+from ..models.target import TargetText
 from .answers import Answer
 from .conversations import Conversation, Message
 from .files import sha256
 
 #: Stands for an answer where only what follows it matters; a word that no template changes.
 PLACEHOLDER = "answer"
+#: What a question may begin or end with, as far as tokenizers make a difference.
+EDGES = ("", " ", "  ", "\n", "1", "'", "é")
 
 
 class TemplateRefusal(UserError):
@@ -134,6 +138,25 @@ def continuation(
     if whole.removeprefix(before).removesuffix(after).strip() != said[-1].strip():
         return None
     return list(tokenizer(after, add_special_tokens=False).input_ids)
+
+
+def tokens_between(text: TargetText) -> int:
+    """Tokens that the template puts at most between two turns of the target, the question and the target's own end apart.
+
+    What a question begins and ends with may share tokens with the template, or split them: the most of all ``EDGES``.
+
+    Raises:
+        TemplateRefusal: the chat template does not take a second turn.
+    """
+    answer = "word0of"  # a word that no template has
+    asked: list[Message] = [{"role": "user", "content": PLACEHOLDER}, {"role": "assistant", "content": answer}]
+    most = 0
+    for first, last in itertools.product(EDGES, EDGES):
+        question = f"{first}{PLACEHOLDER}{last}"
+        after = _render(text.tokenizer, "", [*asked, {"role": "user", "content": question}]).rpartition(answer)[2]
+        ids, own = (text.tokenizer(part, add_special_tokens=False).input_ids for part in (after, question))
+        most = max(most, len(ids) - len(own) - (ids[0] in text.eos_ids))
+    return most
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, ends: tuple[int, ...]) -> int:

@@ -7,32 +7,42 @@ whoever comes after it is never looked at. A repeated conversation is chosen onc
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from typing import NamedTuple, Protocol, TypeVar
 
 from ..configs.errors import UserError
 from .conversations import SPLITS, Conversation, Found
 from .corpus import digest
-from .files import sha256
+from .spill import Spill
 
 REPEATED = "conversations: same messages as another"
 NOT_NEEDED = "conversations: more than were asked for"
 
 
-def order(conversation: Conversation) -> int:
-    """The place of a conversation among those of its source."""
-    return digest(f"order:{conversation.id}")
+class Placed(Protocol):
+    """What can be dealt: it has a source, and a place among those of its source."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def order(self) -> int: ...
 
 
-def deal(conversations: Iterable[Conversation]) -> Iterator[Conversation]:
-    """Yield conversations of each source in turn, those of a source in the order of a hash of their ids."""
-    by_source: dict[str, list[Conversation]] = {}
+P = TypeVar("P", bound=Placed)
+
+
+def deal(conversations: Iterable[P]) -> Iterator[P]:
+    """Yield conversations of each source in turn, those of a source in their order."""
+    by_source: dict[str, list[P]] = {}
     for conversation in conversations:
         by_source.setdefault(conversation.source, []).append(conversation)
-    hands = deque(iter(sorted(by_source[source], key=order)) for source in sorted(by_source))
+    hands = deque(iter(sorted(by_source[source], key=_order)) for source in sorted(by_source))
     while hands:
         hand = hands.popleft()
         if (dealt := next(hand, None)) is not None:
@@ -47,16 +57,21 @@ class Choice:
         asked: how many of each split.
         refusal: why a conversation may not be chosen, or None; only asked about those that otherwise would be.
         notes: counts what is left out, by reason.
+        spill: where those in hand are set aside; some 400 bytes of each are held.
     """
 
     def __init__(
-        self, asked: Mapping[str, int], refusal: Callable[[Conversation], str | None], notes: Counter[str]
+        self,
+        asked: Mapping[str, int],
+        refusal: Callable[[Conversation], str | None],
+        notes: Counter[str],
+        spill: Spill,
     ) -> None:
-        self._asked, self._refusal, self._notes = asked, refusal, notes
+        self._asked, self._refusal, self._notes, self._spill = asked, refusal, notes, spill
         # A few more than are asked for: a training copy of a test's conversation is thrown out when that comes by.
         self._hands = {split: _Hand(asked[split] and asked[split] * 9 // 8 + 64) for split in SPLITS}
-        self._by_content: dict[str, Conversation] = {}
-        self._where: dict[str, str] = {}
+        self._by_content: dict[bytes, _Held] = {}
+        self._by_key: dict[int, _Held] = {}
 
     def offer(self, found: Found) -> None:
         """Look at one more.
@@ -65,11 +80,11 @@ class Choice:
             UserError: it has the id of another one.
         """
         new = found.conversation
-        hand, content = self._hands[new.split], _content(new)
+        hand, key, content = self._hands[new.split], _key(new), _content(new)
         twin = self._by_content.get(content)
-        if twin and _rank(twin) <= _rank(new):
+        if twin and _rank(twin.split, twin.key) <= _rank(new.split, key):
             self._notes[REPEATED] += 1
-        elif not hand.has_room(new):
+        elif not hand.has_room(new.source, key):
             self._notes[REPEATED if twin else NOT_NEEDED] += 1
         elif reason := self._refusal(new):
             self._notes[reason] += 1
@@ -78,26 +93,41 @@ class Choice:
                 self._notes[REPEATED] += 1
                 self._hands[twin.split].drop(twin)
                 self._forget(twin)
-            if new.id in self._where:
-                problem = f'its id "{new.id}" is that of {self._where[new.id]}'
+            if other := self._by_key.get(key):
+                problem = f'its id "{new.id}" is that of {self._spill.where(other.place)}'
                 raise UserError("prepare.prompts", found.where, problem, "give every row another id, or none")
-            self._by_content[content], self._where[new.id] = new, found.where
-            if last := hand.take(new):
+            held = _Held(key, self._spill.put(found), sys.intern(new.split), sys.intern(new.source), content)
+            self._by_content[content] = self._by_key[key] = held
+            if last := hand.take(held):
                 self._notes[NOT_NEEDED] += 1
                 self._forget(last)
 
-    def chosen(self) -> list[Conversation]:
-        """Split after split, each in the order of a hash of the ids."""
-        chosen: list[Conversation] = []
+    def chosen(self) -> dict[str, list[int]]:
+        """The places in the spill of those of each split, in their order."""
+        chosen: dict[str, list[int]] = {}
         for split, hand in self._hands.items():
             held = list(hand)
             dealt = list(islice(deal(held), self._asked[split]))
             self._notes[NOT_NEEDED] += len(held) - len(dealt)
-            chosen += sorted(dealt, key=order)
+            chosen[split] = [held.place for held in sorted(dealt, key=_order)]
         return chosen
 
-    def _forget(self, conversation: Conversation) -> None:
-        del self._by_content[_content(conversation)], self._where[conversation.id]
+    def _forget(self, held: _Held) -> None:
+        del self._by_content[held.content], self._by_key[held.key]
+
+
+class _Held(NamedTuple):
+    """What is held of a conversation: enough to deal it, and to know it again."""
+
+    key: int
+    place: int
+    split: str
+    source: str
+    content: bytes
+
+    @property
+    def order(self) -> int:
+        return -self.key
 
 
 class _Hand:
@@ -105,54 +135,55 @@ class _Hand:
 
     def __init__(self, size: int) -> None:
         self.size, self._held = size, 0
-        self._sources: dict[str, list[tuple[int, str, Conversation]]] = {}  # heaps, the last in order on top
+        self._sources: dict[str, list[_Held]] = {}  # heaps, the last in order on top
+        self._lengths: Counter[str] = Counter()  # of them, without those that were dropped
+        self._dropped: set[int] = set()  # the places of those that are in a heap still, though never on top
         self._longest: list[tuple[int, _Last]] = []  # heap of (-conversations, source); what no longer holds is skipped
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return (entry[-1] for heap in self._sources.values() for entry in heap)
+    def __iter__(self) -> Iterator[_Held]:
+        return (held for heap in self._sources.values() for held in heap if held.place not in self._dropped)
 
-    def has_room(self, new: Conversation) -> bool:
-        """Whether ``new`` would be kept if it were taken."""
+    def has_room(self, source: str, key: int) -> bool:
+        """Whether a conversation of ``source`` would be kept if it were taken."""
         if self._held < self.size:
             return True
         if self.size == 0:
             return False
-        heap = self._sources.get(new.source, [])
-        longest, source = self._last_source()
-        if (longest, source) > (len(heap) + 1, new.source):
+        longest, last = self._last_source()
+        if (longest, last) > (self._lengths[source] + 1, source):
             return True
-        return bool(heap) and order(new) < -heap[0][0]
+        return source in self._sources and key > self._sources[source][0].key
 
-    def take(self, new: Conversation) -> Conversation | None:
+    def take(self, new: _Held) -> _Held | None:
         """Keep ``new``; returns the one that had to go for it, or None."""
-        heapq.heappush(self._sources.setdefault(new.source, []), (-order(new), new.id, new))
-        self._held += 1
-        self._note_length(new.source)
+        heapq.heappush(self._sources.setdefault(new.source, []), new)
+        self._count(new.source, 1)
         if self._held <= self.size:
             return None
         _, source = self._last_source()
-        *_, last = heapq.heappop(self._sources[source])
-        self._held -= 1
-        self._note_length(source)
+        last = self._sources[source][0]
+        self.drop(last)
         return last
 
-    def drop(self, conversation: Conversation) -> None:
+    def drop(self, held: _Held) -> None:
         """Let one go that was taken."""
-        heap = self._sources[conversation.source]
-        heap.remove((-order(conversation), conversation.id, conversation))
-        heapq.heapify(heap)
-        self._held -= 1
-        self._note_length(conversation.source)
+        self._dropped.add(held.place)
+        heap = self._sources[held.source]
+        while heap and heap[0].place in self._dropped:
+            self._dropped.remove(heapq.heappop(heap).place)
+        self._count(held.source, -1)
 
-    def _note_length(self, source: str) -> None:
-        if length := len(self._sources[source]):
+    def _count(self, source: str, more: int) -> None:
+        self._held += more
+        self._lengths[source] += more
+        if length := self._lengths[source]:
             heapq.heappush(self._longest, (-length, _Last(source)))
         else:
-            del self._sources[source]
+            del self._sources[source], self._lengths[source]
 
     def _last_source(self) -> tuple[int, str]:
         """The source whose last conversation is dealt last of all, and how many it has."""
-        while len(self._sources.get(self._longest[0][1], ())) != -self._longest[0][0]:
+        while self._lengths[self._longest[0][1]] != -self._longest[0][0]:
             heapq.heappop(self._longest)
         length, source = self._longest[0]
         return -length, str(source)
@@ -167,10 +198,20 @@ class _Last(str):
         return str.__gt__(self, other)
 
 
-def _content(conversation: Conversation) -> str:
-    return sha256(json.dumps([conversation.messages, conversation.follow_ups]).encode())
+def _order(placed: Placed) -> int:
+    return placed.order
 
 
-def _rank(conversation: Conversation) -> tuple[int, int]:
+def _key(conversation: Conversation) -> int:
+    """Its order and another hash of its id, 128 bits that no two ids share; negative, so that a heap has the last on top."""
+    return -(conversation.order << 64 | digest(f"id:{conversation.id}"))
+
+
+def _content(conversation: Conversation) -> bytes:
+    content = json.dumps([conversation.messages, conversation.follow_ups])
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
+
+
+def _rank(split: str, key: int) -> tuple[int, int]:
     """Of two copies the lower is kept: the test's, then validation's, then the first in order."""
-    return -SPLITS.index(conversation.split), order(conversation)
+    return -SPLITS.index(split), -key

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..configs.errors import UserError
+from .corpus import digest
 from .files import read_lines
 
 PROMPTS = "prompts.jsonl"
@@ -38,6 +39,11 @@ class Conversation(NamedTuple):
     given: tuple[Message, ...] = ()
 
     @property
+    def order(self) -> int:
+        """Its place among those of its source: a hash of its id."""
+        return digest(f"order:{self.id}")
+
+    @property
     def whole(self) -> list[Message]:
         """``messages``, and after them the given answers with the questions between."""
         whole = list(self.messages)
@@ -55,15 +61,14 @@ class Found(NamedTuple):
     where: str
 
 
-def read_conversations(path: Path) -> list[Conversation]:
-    """The prompts that :mod:`.prepare` chose, in their order."""
-    return list(each_conversation(path))
+def read_conversations(path: Path) -> Iterator[Conversation]:
+    """The prompts that :mod:`.prepare` chose, in their order, one after another: a million do not fit into memory."""
+    return (from_row(row) for _, row in written(path))
 
 
-def each_conversation(path: Path) -> Iterator[Conversation]:
-    """The same, one after another."""
-    for _, row in written(path):
-        yield Conversation(**{**row, "follow_ups": tuple(row["follow_ups"]), "given": tuple(row["given"])})
+def from_row(row: dict[str, Any]) -> Conversation:
+    """The conversation of a line of ``prompts.jsonl``."""
+    return Conversation(**{**row, "follow_ups": tuple(row["follow_ups"]), "given": tuple(row["given"])})
 
 
 def written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -74,3 +79,13 @@ def written(path: Path, fields: Iterable[str] = Conversation._fields) -> Iterato
             problem = f"it holds {sorted(row)} and not {sorted(expected)}"
             raise UserError("conversations", f"{path}, line {number}", problem, f"delete {path.parent}")
         yield number, row
+
+
+def places(path: Path) -> Iterator[tuple[int, int]]:
+    """The first byte, and the number of bytes, of each line that :func:`written` yields."""
+    with path.open("rb") as file:
+        start = 0
+        for line in file:
+            if line.strip():
+                yield start, len(line)
+            start += len(line)

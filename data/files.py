@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,15 @@ class FileEntry:
 
 def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
     """Write ``parts``, one after the other, so that a crash leaves either the whole file under ``path`` or what was there.
+
+    Raises:
+        UserError: as :func:`write_each` does.
+    """
+    write_each(path, parts)
+
+
+def write_each(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """The same with parts that are made while they are written.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written; what was written of the file is removed.

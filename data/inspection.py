@@ -15,8 +15,9 @@ from ..configs.errors import UserError
 from ..configs.loader import load
 from .answers import ANSWERS, SUMMARY
 from .files import file_sha256
+from .manifest import MANIFEST, STAGE, Manifest, check_recording, damage, read_manifest
 from .shards import PATTERN, Shard, ShardEntry, facts_path, read_entry
-from .store import MANIFEST, STAGE, Manifest, Store, check_recording, damage, read_manifest
+from .store import Store
 from .verification import differing
 
 VOCABULARY_SHARES = (16, 8, 4, 2)  # draft vocabularies that are shown, as parts of the target's

@@ -169,11 +169,12 @@ def _call(call: object) -> Message:
             pass
         case _:
             raise ValueError(f'a call of a tool is {_shown(call)}; write {{"function": {{"name", "arguments"}}}}')
-    if isinstance(arguments, str):
-        try:
+    try:
+        if isinstance(arguments, str):
             arguments = json.loads(arguments)
-        except ValueError:
-            raise Refused("the arguments of a tool's call are not JSON") from None
+        json.dumps(arguments, allow_nan=False)
+    except (ValueError, TypeError):  # NaN, or what a table has beside JSON's types
+        raise Refused("the arguments of a tool's call are not JSON") from None
     if not isinstance(arguments, Mapping):
         raise Refused("the arguments of a tool's call are no object")
     kept = {key: rest[key] for key in ("id", "type") if rest.get(key)}

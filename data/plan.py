@@ -2,9 +2,9 @@
 
     eagle3 plan maverick --tokens-per-s 5000 --train-tokens-per-s 20000
 
-Only the target's configuration is read. Tokens are those of the store, or of the answers, where the run has them
-already; else as many as the recipe's limits allow, and the output says so. Bytes follow from tokens. A speed is what the
-user measured: none is made up.
+Of the target only the configuration is read, and for conversations of several turns its tokenizer. Tokens are those of
+the store, or of the answers, where the run has them already; else as many as the recipe's limits allow, and the output
+says so. Bytes follow from tokens. A speed is what the user measured: none is made up.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def make_plan(settings: Settings, speeds: Speeds, gpus: int) -> Plan:
             "flop_per_token": costs.training_flop(config, settings.train.ttt_steps),
             "teacher_flop_per_token": costs.teacher_flop(config),
         },
-        tokens=tokens._asdict() | {"all": tokens.all, "trained": tokens.trained * settings.train.epochs},
+        tokens=tokens._asdict() | {"trained": tokens.trained * settings.train.epochs},
         store_bytes_per_token=per_token,
         store_bytes=store,
         stored_as=stored_as,

@@ -4,7 +4,8 @@
     eagle3 prepare configs/tiny.yaml prepare.prompts=HuggingFaceH4/ultrachat_200k prepare.hub_split=train_sft \\
         prepare.column=messages
 
-However many rows there are, they pass by once, and no more are held than are chosen.
+However many rows there are, they pass by once. Those that may be chosen are set aside on disk (:mod:`.spill`); of each
+some 400 bytes are held.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ..configs.signals import StopRequest
 from ..models.target import TargetText
 from .chat import TemplateRefusal, left_out, prompt_ids, tokenizer_hash
 from .choice import Choice
-from .conversations import PROMPTS, SPLITS, Conversation, Found
-from .files import encode_json, encode_line, remove_temporaries, write_atomic
+from .conversations import PROMPTS, SPLITS, Conversation, Found, read_conversations
+from .files import encode_json, remove_temporaries, write_atomic, write_each
 from .given import Keeper
 from .messages import Refused
 from .progress import Progress
 from .prompts import library_prompts, read_prompts
 from .sources import Row, fingerprint, rows
+from .spill import Spill
 from .stage import Json, Stage, at_least
 
 LIBRARY = "stdlib"
@@ -75,11 +77,12 @@ def prepare(settings: Settings, run_dir: Path, text: TargetText) -> None:
             refusal = partial(
                 _refusal, text, chosen.max_prompt_tokens, Keeper(text, settings.regenerate.max_new_tokens)
             )
-            kept = _choose(chosen, refusal, notes, stop)
-            stage.begin()  # only now: prompts that were refused shall not tie the run to them
-            remove_temporaries(folder)
-            write_atomic(folder / PROMPTS, b"".join(encode_line(c._asdict()) for c in kept))
-            write_atomic(folder / SUMMARY, encode_json(_summary(chosen, kept, notes)))
+            with Spill(folder) as spill:
+                kept = _choose(chosen, refusal, notes, spill, stop)
+                stage.begin()  # only now: prompts that were refused shall not tie the run to them
+                remove_temporaries(folder)
+                write_each(folder / PROMPTS, map(spill.line, kept))
+            write_atomic(folder / SUMMARY, encode_json(_summary(chosen, folder / PROMPTS, notes)))
     print(render(json.loads((folder / SUMMARY).read_bytes())), flush=True)
 
 
@@ -107,22 +110,23 @@ def _choose(
     settings: PrepareSettings,
     refusal: Callable[[Conversation], str | None],
     notes: Counter[str],
+    spill: Spill,
     stop: StopRequest,
-) -> list[Conversation]:
-    """The conversations of each split that are asked for and short enough, in the order of a hash of their ids."""
+) -> list[int]:
+    """Where the conversations of each split are that are asked for and short enough, in their order."""
     asked = _asked(settings)
-    choice = Choice(asked, refusal, notes)
+    choice = Choice(asked, refusal, notes, spill)
     for found in _found(settings, notes, stop):
         choice.offer(found)
     chosen = choice.chosen()
     for split, count in asked.items():
-        if count and all(conversation.split != split for conversation in chosen):
+        if count and not chosen[split]:
             left_out = ", ".join(f"{reason}: {number:,}" for reason, number in sorted((+notes).items()))
             problem = (
                 f"{settings.prompts} has no short enough prompt in this split ({left_out or 'it has none at all'})"
             )
             raise UserError(f"prepare.{split}", count, problem, "add rows to it, or raise prepare.max_prompt_tokens")
-    return chosen
+    return [place for split in SPLITS for place in chosen[split]]
 
 
 def _found(settings: PrepareSettings, notes: Counter[str], stop: StopRequest) -> Iterator[Found]:
@@ -162,16 +166,20 @@ def _refusal(text: TargetText, longest: int, keeper: Keeper, conversation: Conve
     return None
 
 
-def _summary(settings: PrepareSettings, kept: list[Conversation], notes: Counter[str]) -> Summary:
-    by_split = {split: Counter(c.source for c in kept if c.split == split) for split in SPLITS}
+def _summary(settings: PrepareSettings, prompts: Path, notes: Counter[str]) -> Summary:
+    kept = {split: Counter[str]() for split in SPLITS}
+    answers = {"asked": 0, "given": 0}
+    for conversation in read_conversations(prompts):
+        kept[conversation.split][conversation.source] += 1
+        if conversation.given:
+            answers["given"] += len(conversation.given)
+        else:
+            answers["asked"] += 1 + len(conversation.follow_ups)
     return {
         "prompts": settings.prompts,
         "asked": _asked(settings),
-        "kept": {split: dict(sorted(counts.items())) for split, counts in by_split.items()},
-        "answers": {
-            "asked": sum(1 + len(c.follow_ups) for c in kept if not c.given),
-            "given": sum(len(c.given) for c in kept),
-        },
+        "kept": {split: dict(sorted(counts.items())) for split, counts in kept.items()},
+        "answers": answers,
         "notes": dict(sorted((+notes).items())),
     }
 

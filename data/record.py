@@ -31,7 +31,6 @@ from ..configs.signals import StopRequest
 from ..models.parallel import Place, announced, here, leading, placed
 from ..models.target import Target, TargetHead
 from ..models.target_files import TargetEnds
-from . import store
 from .answers import ANSWERS, Answer, Answers, read_finished
 from .chat import tokenizer_hash
 from .files import (
@@ -44,6 +43,18 @@ from .files import (
     tensor_file,
     write_listed,
 )
+from .manifest import (
+    HEAD,
+    INDEX,
+    MANIFEST,
+    SCHEMA,
+    TOKENIZER,
+    VOCABULARY,
+    Manifest,
+    check_recording,
+    read_manifest,
+    write_manifest,
+)
 from .planning import Batch, plan
 from .quantise import dtype_name
 from .recorders import Recorder, TransformersRecorder
@@ -52,7 +63,6 @@ from .regenerate import answered_by
 from .shards import Shard, read_entry, shard_path
 from .spool import PLAN, SPOOL, SpoolWriter, StoreWriter, spooled, wait_for
 from .stage import Json, Stage
-from .store import Manifest
 from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
 
@@ -93,7 +103,7 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
                 place: StoreWriter | SpoolWriter = StoreWriter(stage.folder, len(shards))
                 Recording(place, name, settings.record, target, stored, recorder).run(shards, ours, stop)
                 if ours.group == 0:
-                    store.write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
+                    write_manifest(stage.folder, _manifest(settings, stage, target, answers, stored, shards))
                 if limit is not None:
                     streamed = answers.of_split(lambda split: split == "train")
                     shards = plan(streamed.lengths.tolist(), settings.record)
@@ -134,10 +144,10 @@ def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
     """Whether the store is finished and nothing of it is gone, and all of a spool was recorded; what is missing is
     recorded again.
     """
-    if not stage.begun() or not (stage.folder / store.MANIFEST).exists():
+    if not stage.begun() or not (stage.folder / MANIFEST).exists():
         return False
-    manifest = store.read_manifest(stage.folder)
-    store.check_recording(stage.folder, manifest)
+    manifest = read_manifest(stage.folder)
+    check_recording(stage.folder, manifest)
     if StoreWriter(stage.folder, len(manifest.shards)).missing():
         return False
     if settings.record.spool_shards is not None and not spooled(run_dir / SPOOL):
@@ -156,7 +166,7 @@ def _manifest(
     """Write what stands beside the shards, and describe all of it; ``stored`` are those of the answers that they hold."""
     folder, name = stage.folder, file_sha256(stage.path)
     remove_temporaries(folder)
-    remove_temporaries(folder / store.TOKENIZER)
+    remove_temporaries(folder / TOKENIZER)
     entries = tuple(read_entry(shard_path(folder, number)) for number in range(len(shards)))
     if foreign := [entry.name for entry in entries if entry.recording != name]:
         raise damaged(folder / foreign[0], "it is another recording's")
@@ -164,14 +174,14 @@ def _manifest(
     in_order = stored.chosen([sample for shard in shards for batch in shard for sample in batch])
     beside = {
         stage.path.name: FileEntry(name, stage.path.stat().st_size),
-        store.INDEX: _write_index(folder, name, in_order),
-        store.HEAD: _write_head(folder, target.head),
-        store.VOCABULARY: _write_vocabulary(folder, answers, target.info.vocab_size),
+        INDEX: _write_index(folder, name, in_order),
+        HEAD: _write_head(folder, target.head),
+        VOCABULARY: _write_vocabulary(folder, answers, target.info.vocab_size),
         **_write_tokenizer(folder, target.tokenizer),
     }
     hashes = tokenizer_hash(target.tokenizer)
     return Manifest(
-        schema=store.SCHEMA,
+        schema=SCHEMA,
         recording=name,
         recipe=_recipe(settings),
         target=asdict(target.info) | {"layers": list(target.info.layers), "eos_ids": list(target.info.eos_ids)},
@@ -193,7 +203,7 @@ def _write_index(folder: Path, recording: str, answers: Iterable[Answer]) -> Fil
     """The index of all samples, in the order in which the shards hold them."""
     index = index_of(answers)
     content = tensor_file(index.tensors(), {**index.metadata(), "recording": recording})
-    return write_listed(folder / store.INDEX, *content)
+    return write_listed(folder / INDEX, *content)
 
 
 def _write_head(folder: Path, head: TargetHead) -> FileEntry:
@@ -202,20 +212,20 @@ def _write_head(folder: Path, head: TargetHead) -> FileEntry:
     if head.lm_head.data_ptr() != head.embedding.data_ptr():
         tensors["lm_head"] = head.lm_head
     stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    return write_listed(folder / store.HEAD, *tensor_file(stored, {"norm_eps": repr(head.norm_eps)}))
+    return write_listed(folder / HEAD, *tensor_file(stored, {"norm_eps": repr(head.norm_eps)}))
 
 
 def _write_vocabulary(folder: Path, answers: Iterable[Answer], vocab_size: int) -> FileEntry:
     said = count_tokens(((a.source, a.said) for a in answers if a.split == "train"), vocab_size)
-    return write_listed(folder / store.VOCABULARY, said.content())
+    return write_listed(folder / VOCABULARY, said.content())
 
 
 def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, FileEntry]:
     """Save the tokenizer so that each of its files is whole; returns what they are."""
-    (folder / store.TOKENIZER).mkdir(exist_ok=True)
+    (folder / TOKENIZER).mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as saved:
         tokenizer.save_pretrained(saved)
-        files = {f"{store.TOKENIZER}/{path.name}": path.read_bytes() for path in sorted(Path(saved).iterdir())}
+        files = {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in sorted(Path(saved).iterdir())}
     return {name: write_listed(folder / name, content) for name, content in files.items()}
 
 

@@ -27,10 +27,10 @@ from ..configs.settings import RegenerateSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetText
 from ..models.target_files import TargetEnds
-from .answers import ANSWERS, FAILED, GIVEN, SUMMARY, Answer, Failure, each_answer
-from .chat import PLACEHOLDER, continuation, prompt_ids, tokenizer_hash
-from .conversations import PROMPTS, Conversation, each_conversation
-from .dialogue import Dialogue, Question
+from .answers import ANSWERS, FAILED, GIVEN, SUMMARY, Answer, Failure, each_answer, each_failure
+from .chat import tokenizer_hash
+from .conversations import PROMPTS, places, read_conversations
+from .dialogue import Dialogue
 from .files import (
     drop_torn_line,
     encode_json,
@@ -43,6 +43,7 @@ from .files import (
 )
 from .given import Keeper
 from .progress import Progress
+from .questions import Questions, ask, plan
 from .servers import Servers
 from .stage import Json, Stage, at_least
 
@@ -72,11 +73,11 @@ def regenerate(settings: Settings, run_dir: Path, target: Target | TargetText) -
         stage.begin()
         with exclusive(folder / ".regenerate.lock"):
             remove_temporaries(folder)
-            asked, given = _read(folder / PROMPTS)
-            questions = ask(settings, asked, target.text if isinstance(target, Target) else target)
-            failures = _answer_all(settings, folder, questions, given, target, stop)
-            _check_failures(settings, folder, failures, len(questions) + given)
-            write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS, len(failures))))
+            questions = ask(settings, folder / PROMPTS, target.text if isinstance(target, Target) else target)
+            total = sum(1 for _ in places(folder / PROMPTS))
+            failed = _answer_all(settings, folder, questions, total, target, stop)
+            _check_failures(settings, folder, failed, total)
+            write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS, failed)))
 
 
 def regenerated(settings: Settings, run_dir: Path) -> bool:
@@ -97,83 +98,40 @@ def answered_by(target: Target | TargetEnds, run_dir: Path) -> None:
         stage.begun()
 
 
-def ask(settings: Settings, conversations: list[Conversation], text: TargetText) -> list[Question]:
-    """The questions in the order of the prompts; temperatures are dealt to training questions in turn.
-
-    Raises:
-        UserError: an answer may grow beyond the target's positions, or the chat template refuses a later turn.
-    """
-    heats, room = settings.regenerate.temperatures, text.max_positions - settings.regenerate.max_new_tokens
-    training = 0
-    questions = []
-    for conversation in conversations:
-        temperature = 0.0
-        if conversation.split == "train":
-            temperature = heats[training % len(heats)]
-            training += 1
-        ids = prompt_ids(text.tokenizer, conversation)
-        if len(ids) > room:
-            problem = f"a prompt has {len(ids)} tokens and the target {text.max_positions} positions"
-            remedy = f"give at most {max(0, text.max_positions - len(ids))}, or lower prepare.max_prompt_tokens"
-            raise UserError("regenerate.max_new_tokens", settings.regenerate.max_new_tokens, problem, remedy)
-        if conversation.follow_ups:  # hours later would be too late to hear that the template refuses them
-            said = [PLACEHOLDER] * len(conversation.follow_ups)
-            continuation(text.tokenizer, conversation, said, conversation.follow_ups[-1])
-        questions.append(Question(conversation, ids, temperature, settings.run.seed))
-    return questions
-
-
-def plan(questions: list[Question], batch_size: int) -> list[list[Question]]:
-    """Batches of prompts of similar length, the same whatever was answered before."""
-    ordered = sorted(questions, key=lambda question: (len(question.prompt_ids), question.conversation.id))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
-
-def _read(prompts: Path) -> tuple[list[Conversation], int]:
-    """What the target is asked, and how many conversations bring their answers with them."""
-    asked, given = list[Conversation](), 0
-    for conversation in each_conversation(prompts):
-        if conversation.given:
-            given += 1
-        else:
-            asked.append(conversation)
-    return asked, given
-
-
 def _answer_all(
     settings: Settings,
     folder: Path,
-    questions: list[Question],
-    given: int,
+    questions: Questions,
+    total: int,
     target: Target | TargetText,
     stop: StopRequest,
-) -> list[Failure]:
-    """Append the answers that ``folder`` lacks as they come; returns what could not be answered."""
+) -> int:
+    """Append the answers that ``folder`` lacks as they come; returns how many conversations could not be answered."""
     path = folder / ANSWERS
     (folder / FAILED).unlink(missing_ok=True)  # they are tried again
     (folder / SUMMARY).unlink(missing_ok=True)  # which allowed them
     path.touch()
     drop_torn_line(path)
-    answered = {answer.id for answer in each_answer(path)}
-    total, failures = given + len(questions), list[Failure]()
-    progress = Progress("regenerate", "conversations", total, len(answered))
+    earlier = {answer.id for answer in each_answer(path)}
+    progress = Progress("regenerate", "conversations", total, len(earlier))
     if isinstance(target, Target):
-        text, source = target.text, _in_process(settings, target, questions, answered)
+        text, source = target.text, _in_process(settings, target, questions, earlier)
     else:
-        unanswered = [question for question in questions if question.conversation.id not in answered]
+        unanswered = questions.chosen([row for row, name in enumerate(questions.ids()) if name not in earlier])
         text, source = target, Servers(settings.regenerate, target, progress.say).answer(unanswered)
     keeper = Keeper(text, settings.regenerate.max_new_tokens)
-    waiting = (c for c in each_conversation(folder / PROMPTS) if c.given and c.id not in answered)
+    waiting = (c for c in read_conversations(folder / PROMPTS) if c.given and c.id not in earlier)
+    answered, failures = len(earlier), 0
     with closing(source):
-        for found in chain(keeper.answers(waiting) if given else (), source):
+        for found in chain(keeper.answers(waiting) if total > len(questions) else (), source):
             new = [entry for entry in found if isinstance(entry, Answer)]
             failed = [entry for entry in found if isinstance(entry, Failure)]
             _append(path, new)
             _append(folder / FAILED, failed)
-            answered |= {answer.id for answer in new}
-            failures += failed
+            answered += len(new)
+            failures += len(failed)
             progress.advance(len(found), sum(len(answer.said) for answer in new), len(failed))
-            stop.check(f"{len(answered)} of {total} answers are written")
+            stop.check(f"{answered} of {total} answers are written")
     return failures
 
 
@@ -190,16 +148,15 @@ def _append(path: Path, entries: list[Answer] | list[Failure]) -> None:
 
 
 def _in_process(
-    settings: Settings, target: Target, questions: list[Question], answered: set[str]
+    settings: Settings, target: Target, questions: Questions, earlier: set[str]
 ) -> Generator[list[Answer | Failure], None, None]:
     """Answer batch after batch; one of which some answers are there is answered again as it was."""
     for batch in plan(questions, settings.regenerate.batch_size):
-        if not answered.issuperset(question.conversation.id for question in batch):
-            found = _answer(settings, target, batch)
-            yield [answer for answer in found if answer.id not in answered]
+        if not earlier.issuperset(batch.ids()):
+            yield [answer for answer in _answer(settings, target, batch) if answer.id not in earlier]
 
 
-def _answer(settings: Settings, target: Target, batch: list[Question]) -> list[Answer]:
+def _answer(settings: Settings, target: Target, batch: Questions) -> list[Answer]:
     most = settings.regenerate.max_new_tokens
     dialogues = [Dialogue(question, target.text, most) for question in batch]
     while going := [dialogue for dialogue in dialogues if not dialogue.finish]:
@@ -214,12 +171,12 @@ def _answer(settings: Settings, target: Target, batch: list[Question]) -> list[A
     return [dialogue.answer() for dialogue in dialogues]
 
 
-def _check_failures(settings: Settings, folder: Path, failures: list[Failure], asked: int) -> None:
+def _check_failures(settings: Settings, folder: Path, failed: int, asked: int) -> None:
     """Refuse more failures than are allowed, in the words of the first."""
-    if len(failures) > settings.regenerate.allowed_failures * asked:
-        first = failures[0]
+    if failed > settings.regenerate.allowed_failures * asked:
+        first = next(each_failure(folder / FAILED))
         raise Incomplete(
-            f"{len(failures):,} of {asked:,} conversations have no answer, the first {first.id} ({first.reason}); "
+            f"{failed:,} of {asked:,} conversations have no answer, the first {first.id} ({first.reason}); "
             f"{folder / FAILED} lists them: run eagle3 regenerate again to try them again, or raise "
             "regenerate.allowed_failures"
         )

@@ -16,7 +16,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
@@ -69,6 +69,8 @@ class Servers:
         self._end_of_turn = end_of_turn(text.tokenizer, text.eos_ids)
         self._standings = [Standing(Endpoint(url, settings.timeout_s)) for url in settings.endpoints]
         self._changed = threading.Condition()  # guards what follows
+        self._questions: Sequence[Question] = ()
+        self._taken = 0  # of the questions, in their order; what comes back goes into the queue
         self._queue: list[tuple[float, int, Job]] = []  # a heap: not before this time, then in turn
         self._number = itertools.count()
         self._unfinished = self._in_flight = 0
@@ -76,18 +78,16 @@ class Servers:
         self._closed = self._told_of_text = self._told_of_strictness = False
         self._results: SimpleQueue[Answer | Failure | BaseException] = SimpleQueue()
 
-    def answer(self, questions: list[Question]) -> Generator[list[Answer | Failure], None, None]:
+    def answer(self, questions: Sequence[Question]) -> Generator[list[Answer | Failure], None, None]:
         """Yield what has been answered or given up, several times a second, be it nothing.
 
-        Closing the iterator abandons what is in flight.
+        A question is looked at when a worker takes it. Closing the iterator abandons what is in flight.
 
         Raises:
             UserError: an endpoint is not what the recipe says.
             Incomplete: no endpoint has answered for ``timeout_s``; conversations that had failed are yielded before.
         """
-        for question in questions:
-            dialogue = Dialogue(question, self._text, self._settings.max_new_tokens)
-            self._queue.append((0.0, next(self._number), Job(dialogue)))
+        self._questions = questions
         self._unfinished = left = len(questions)
         self._success_at = time.monotonic()
         for standing in self._standings:
@@ -224,15 +224,30 @@ class Servers:
             standing.troubles, self._success_at = 0, time.monotonic()
 
     def _take(self, standing: Standing) -> Job | None:
-        """The next conversation whose time has come, once the endpoint is there; None when all is done."""
+        """The next conversation whose time has come, once the endpoint is there; None when all is done.
+
+        One that was not asked yet comes before all that have failed.
+        """
         with self._changed:
             while not self._over():
-                pause = self._queue[0][0] - time.monotonic() if self._queue else None
+                pause = self._pause_of_next()
                 if standing.there and pause is not None and pause <= 0:
                     self._in_flight += 1
-                    return heapq.heappop(self._queue)[2]
+                    if self._taken == len(self._questions):
+                        return heapq.heappop(self._queue)[2]
+                    row, self._taken = self._taken, self._taken + 1
+                    break
                 self._changed.wait(pause if standing.there else None)
-            return None
+            else:
+                return None
+        # Read and tokenised while others take theirs.
+        return Job(Dialogue(self._questions[row], self._text, self._settings.max_new_tokens))
+
+    def _pause_of_next(self) -> float | None:
+        """Seconds until a conversation may be taken; None where all are in flight."""
+        if self._taken < len(self._questions):
+            return 0.0
+        return self._queue[0][0] - time.monotonic() if self._queue else None
 
     def _put_back(self, job: Job, trouble: Exception) -> None:
         """Try the conversation again later, elsewhere maybe, if it has retries left."""

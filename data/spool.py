@@ -44,8 +44,9 @@ from torch import Tensor
 
 from ..configs.errors import UserError
 from .files import encode_json, make_folder, write_atomic
+from .manifest import Manifest
 from .shards import Shard, StoreSample, shard_path
-from .store import Manifest, read_shard
+from .store import read_shard
 
 SPOOL, PLAN, CONSUMED = "spool", "plan.json", "consumed.json"
 FIRST_POLL, LONGEST_POLL = 0.02, 2.0  # seconds between looks: each wait is half as long again as the one before

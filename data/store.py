@@ -36,63 +36,35 @@ Shapes: N tokens of a shard, T tokens of a sample, F captured layers, H hidden, 
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..configs.errors import UserError
 from ..configs.settings import Settings
 from ..models.target_info import TargetHead
-from .files import FileEntry, check_size, damaged, encode_json, file_sha256, read_tensors, sha256, write_atomic
+from .files import check_size, damaged, file_sha256, read_tensors
 from .index import Index
+from .manifest import (
+    HEAD,
+    INDEX,
+    TOKENIZER,
+    VOCABULARY,
+    Manifest,
+    check_recording,
+    damage,
+    foreign,
+    read_manifest,
+)
 from .quantise import dtype_name
-from .shards import PATTERN, Shard, ShardEntry, StoreSample, facts, facts_path, read_entry, shard_path
-from .verification import differing
+from .shards import Shard, StoreSample, read_entry, shard_path
 from .vocabulary import DraftVocabulary, TokenCounts, choose_vocabulary
 
-SCHEMA = 2
-MANIFEST, STAGE, INDEX, HEAD = "manifest.json", "record.stage.json", "index.safetensors", "head.safetensors"
-VOCABULARY, TOKENIZER = "vocabulary.safetensors", "tokenizer"
 OPEN_SHARDS = 4096  # mapped at once; a system allows some 65,000 maps to a process
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store was made from and what it holds.
-
-    ``recording``: the checksum of its record.stage.json, which its shards and its index bear too. ``recipe``: the
-    settings it was made with. ``target``: the target's :class:`TargetInfo`, with its weights' hash, captured layers and
-    the numerics it ran in. ``dtypes``: of each tensor of ``[N, ...]``. ``files``: what stands beside the shards.
-    """
-
-    schema: int
-    recording: str
-    recipe: dict[str, Any]
-    target: dict[str, Any]
-    tokenizer_sha256: str
-    chat_template_sha256: str
-    last_hidden: str
-    dtypes: dict[str, str]
-    samples: int
-    tokens: int
-    supervised_tokens: int
-    greedy_tokens: int
-    disagreeing: int
-    files: dict[str, FileEntry]
-    shards: tuple[ShardEntry, ...]
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """The store's last file: a store without it is not finished."""
-    fields = encode_json(asdict(manifest))
-    write_atomic(folder / MANIFEST, _checksum(fields), fields[1:])
 
 
 class Store:
@@ -115,8 +87,8 @@ class Store:
             check_size(path / name, entry)
         for shard in self.manifest.shards:
             check_size(path / shard.name, shard)
-        if foreign := _foreign(path, self.manifest):
-            raise UserError("store", path / foreign[0], "it does not belong to this store", "delete it")
+        if strangers := foreign(path, self.manifest):
+            raise UserError("store", path / strangers[0], "it does not belong to this store", "delete it")
         self.index = _read_index(path, self.manifest)
         self._first = list(accumulate((shard.samples for shard in self.manifest.shards), initial=0))
         self._shard: Callable[[int], Shard] = lru_cache(OPEN_SHARDS)(self._open)
@@ -201,57 +173,6 @@ class Store:
         return shard
 
 
-def damage(path: Path, manifest: Manifest, every_byte: bool) -> dict[str, str]:
-    """What is wrong with the store at ``path``: the files that are to be made again, with what is wrong with each.
-
-    Args:
-        path: its folder.
-        manifest: what it should be.
-        every_byte: whether to read all of it, or the sizes and what a description is made from.
-    """
-    files = {shard.name: shard for shard in manifest.shards} | manifest.files
-    foreign = dict.fromkeys(_foreign(path, manifest), "it does not belong to this store")
-    alone = {
-        shard.name: f"its {facts_path(path / shard.name).name} is missing or damaged"
-        for shard in manifest.shards
-        if not _has_facts(path, shard)
-    }
-    return foreign | alone | differing(path, files, files if every_byte else (INDEX, VOCABULARY))
-
-
-def check_recording(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest that was made for another store than that at ``path``.
-
-    Raises:
-        UserError: naming what both were recorded with; or the store's own record of that is damaged.
-    """
-    stage = path / STAGE
-    if not stage.is_file() or file_sha256(stage) == manifest.recording:
-        return
-    if manifest.shards[0].recording == manifest.recording and _has_facts(path, manifest.shards[0]):
-        raise damaged(stage, "it is not what was recorded")
-    try:
-        begun = json.loads(stage.read_bytes())
-    except ValueError as error:
-        raise damaged(stage, f"it is damaged ({error})") from None
-    for setting, value in (manifest.recipe | {"weights of the target": manifest.target["weights_sha256"]}).items():
-        if setting in begun and begun[setting] != value:
-            problem = f"{path / MANIFEST} says so, and the store was recorded with {begun[setting]}"
-            raise UserError(setting, value, problem, "delete that manifest and run eagle3 record again")
-    raise damaged(path / MANIFEST, "it is another recording's")
-
-
-def _foreign(path: Path, manifest: Manifest) -> list[str]:
-    """Shards that the manifest does not list."""
-    return sorted({shard.name for shard in path.glob(PATTERN)} - {entry.name for entry in manifest.shards})
-
-
-def _has_facts(path: Path, shard: ShardEntry) -> bool:
-    """Whether what is published of a shard is what the manifest says of it."""
-    stands = facts_path(path / shard.name)
-    return stands.is_file() and stands.read_bytes() == facts(shard)
-
-
 def read_shard(folder: Path, number: int, manifest: Manifest) -> Shard:
     """A published shard, as a :class:`Store` reads it, before ``manifest`` lists it.
 
@@ -273,36 +194,6 @@ def _checked(shard: Shard, manifest: Manifest) -> Shard:
     if found != {name: (dtype, *shapes.get(name, ())) for name, dtype in manifest.dtypes.items()}:
         raise damaged(shard.path, "its tensors are not those of the manifest")
     return shard
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of the store at ``path``, whose every byte is checked.
-
-    Raises:
-        UserError: there is none, it is of another version, or damaged.
-    """
-    if not (path / MANIFEST).is_file():
-        raise UserError("store", path, "it holds no manifest, so it is not finished", "run eagle3 record first")
-    try:
-        content = (path / MANIFEST).read_bytes()
-        fields = json.loads(content)
-        if fields["schema"] != SCHEMA:
-            problem = f"its schema is {fields['schema']}, this version reads {SCHEMA}"
-            raise UserError("store", path, problem, "record it again")
-        size = len(_checksum(b""))
-        if content[:size] != _checksum(b"{" + content[size:]):
-            raise ValueError("its checksum differs")
-        del fields["sha256"]
-        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
-        shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
-        return Manifest(**fields, files=files, shards=shards)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(path / MANIFEST, f"it is damaged ({error})") from None
-
-
-def _checksum(fields: bytes) -> bytes:
-    """How a manifest of these fields begins; its checksum is that of the bytes, not of what they mean."""
-    return encode_json({"sha256": sha256(fields)})[:-3] + b","
 
 
 def _read_index(path: Path, manifest: Manifest) -> Index:

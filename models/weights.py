@@ -13,21 +13,18 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from transformers.utils.hub import cached_file
 
-from ..configs.status import StatusLine, minutes
+from .hashing import Hashing
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 AT_ONCE = 8  # files at most, one a core; disks, those of a network above all, are faster for several
-BLOCK = 1 << 18  # it stays in a core's cache
 GB = 10**9
 WORTH_NOTING = 1 << 28  # bytes; what is smaller is hashed in a moment, and nothing is left in the user's folders
 SETTLED_NS = 2_000_000_000  # by which the times of a file may be behind
@@ -57,64 +54,26 @@ def weights_sha256(path: str, where: dict[str, Any]) -> str:
 
 def files_sha256(paths: Sequence[Path]) -> list[str]:
     """The checksum of each file; says on stderr how far it is where it takes long."""
-    hashing = _Hashing(sum(path.stat().st_size for path in paths))
-    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as threads:
-        try:
-            found = list(threads.map(hashing.checksum, paths))
-        finally:
-            hashing.abandoned = True  # after an error or a signal nobody waits for the other files
-    hashing.finish()
-    return found
+    hashing = Hashing(sum(path.stat().st_size for path in paths), _describe)
+    return hashing.each(lambda path: _checksum(path, hashing), paths, min(AT_ONCE, os.cpu_count() or 1))
 
 
-class _Hashing:
-    """Files of ``total`` bytes, hashed in several threads."""
+def _describe(done: float, total: float, speed: float) -> str:
+    return f"checksum of the weights {done / GB:,.1f}/{total / GB:,.1f} GB, {speed / GB:.2f} GB/s"
 
-    def __init__(self, total: int) -> None:
-        self.abandoned = False
-        self._total, self._done = total, 0
-        self._started, self._line, self._said = time.monotonic(), StatusLine(patient=True), False
-        self._lock = threading.Lock()
 
-    def checksum(self, path: Path) -> str:
-        try:
-            return self._checksum(path)
-        except BaseException:
-            self.abandoned = True  # results are asked for in order, and this file's may be the last
-            raise
-
-    def _checksum(self, path: Path) -> str:
-        with path.open("rb") as file:
-            note, found, began = _note_of(path, file), os.fstat(file.fileno()), time.time_ns()
-            if known := _noted(note):
-                with self._lock:
-                    self._total -= found.st_size
-                return known
-            digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
-            while not self.abandoned and (size := file.readinto(block)):
-                digest.update(block[:size])
-                self._advance(size)
-            settled = began - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_NS
-            if found.st_size >= WORTH_NOTING and settled and not self.abandoned and _note_of(path, file) == note:
-                _write(note, digest.hexdigest())
-        return digest.hexdigest()
-
-    def _advance(self, size: int) -> None:
-        with self._lock:
-            self._done += size
-            if self._line.due:
-                self._said = True
-                self._line.show(str(self))
-
-    def finish(self) -> None:
-        if self._said:
-            self._line.show(str(self), last=True)
-
-    def __str__(self) -> str:
-        elapsed = max(time.monotonic() - self._started, 1e-9)
-        left = (self._total - self._done) * elapsed / max(1, self._done)
-        done, total, speed = (amount / GB for amount in (self._done, self._total, self._done / elapsed))
-        return f"checksum of the weights {done:,.1f}/{total:,.1f} GB, {speed:.2f} GB/s, {minutes(left)} left"
+def _checksum(path: Path, hashing: Hashing) -> str:
+    """What is noted of a file, or else its checksum, which is noted."""
+    with path.open("rb") as file:
+        note, found, began = _note_of(path, file), os.fstat(file.fileno()), time.time_ns()
+        if known := _noted(note):
+            hashing.leave_out(found.st_size)
+            return known
+        checksum = hashing.checksum(file)
+        settled = began - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_NS
+        if found.st_size >= WORTH_NOTING and settled and not hashing.abandoned and _note_of(path, file) == note:
+            _write(note, checksum)
+    return checksum
 
 
 def _note_of(path: Path, file: BinaryIO) -> str:

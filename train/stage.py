@@ -16,9 +16,10 @@ from pathlib import Path
 from ..configs.settings import Settings
 from ..configs.signals import StopRequest
 from ..data.files import exclusive, file_sha256
+from ..data.manifest import MANIFEST
 from ..data.spool import SPOOL, SpoolReader, wait_for
 from ..data.stage import Json, Stage
-from ..data.store import MANIFEST, Store
+from ..data.store import Store
 from ..models.checkpoint import WEIGHTS
 from .launch import make_accelerator
 from .loop import DONE, Trainer

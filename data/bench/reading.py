@@ -34,10 +34,11 @@ from ...configs.entry import finish
 from ...configs.errors import UserError
 from ..files import tensor_file, write_listed
 from ..index import Identity, Index
+from ..manifest import INDEX, SCHEMA, Manifest, write_manifest
 from ..mapped import resident
 from ..quantise import E4M3, codes, dtype_name
 from ..shards import PATTERN, publish
-from ..store import INDEX, SCHEMA, Manifest, Store, write_manifest
+from ..store import Store
 from ..units import in_bytes
 from .sides import Compared, Spent, add_options, check_rounds, compare, in_turn, measure, result, write
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 from eagle3.configs.errors import UserError
+from eagle3.configs.settings import TargetSettings
 from eagle3.data.answers import Answer
-from eagle3.data.chat import prompt_ids, sequence, tokenizer_hash
+from eagle3.data.chat import continuation, prompt_ids, sequence, tokenizer_hash, tokens_between
 from eagle3.data.conversations import Conversation
+from eagle3.models.target import load_text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
@@ -59,3 +62,18 @@ def test_a_tokenizer_without_a_chat_template(tokenizer: PreTrainedTokenizerFast)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="its tokenizer has no chat template; take a target that follows a chat"):
         tokenizer_hash(tokenizer)
+
+
+def test_no_question_has_more_of_the_template_around_it_than_is_said() -> None:
+    """With merges: the line break before a question takes the space with which it begins out of its first token."""
+    text, draw = load_text(TargetSettings()), random.Random(0)
+    signs = [*"abc123é你🙂\n\t' ", "  ", "'s", "the", " Hello", "://", "```"]
+
+    def around(question: str) -> int:
+        between = continuation(text.tokenizer, ask(("user", "Hello")), ["Yes"], question)
+        own = text.tokenizer(question, add_special_tokens=False).input_ids
+        return len(between) - len(own) - (between[0] in text.eos_ids)
+
+    most = tokens_between(text)
+    assert (around("Why?"), around(" Hello"), most) == (9, 10, 10)
+    assert max(around("".join(draw.choices(signs, k=draw.randrange(1, 12)))) for _ in range(1000)) == most

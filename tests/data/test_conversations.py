@@ -27,7 +27,7 @@ def test_conversations_come_back_as_they_were_written(tmp_path: Path) -> None:
     ]
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b"".join(encode_line(conversation._asdict()) for conversation in asked))
-    assert read_conversations(path) == asked
+    assert list(read_conversations(path)) == asked
 
 
 def test_a_line_that_this_project_did_not_write(tmp_path: Path) -> None:

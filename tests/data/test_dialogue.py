@@ -16,8 +16,10 @@ from eagle3.data.answers import Answer, read_answers
 from eagle3.data.chat import continuation, end_of_turn, prompt_ids, sequence
 from eagle3.data.conversations import Conversation, read_conversations
 from eagle3.data.dialogue import Dialogue, Question
+from eagle3.data.files import encode_line
+from eagle3.data.questions import ask
 from eagle3.data.record import record
-from eagle3.data.regenerate import ask, regenerate
+from eagle3.data.regenerate import regenerate
 from eagle3.data.store import Store
 from eagle3.models.target import Target, TargetText
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -85,13 +87,15 @@ def test_a_template_that_would_rewrite_the_answer(tokenizer: PreTrainedTokenizer
 
 
 def test_a_template_without_later_turns_is_told_before_anything_is_answered(
-    tokenizer: PreTrainedTokenizerFast, tiny_target: Target, recipe: Settings
+    tokenizer: PreTrainedTokenizerFast, tiny_target: Target, recipe: Settings, tmp_path: Path
 ) -> None:
     tokenizer.chat_template = REFUSING
-    given = tiny_target.text._replace(tokenizer=tokenizer)
-    assert ask(recipe, [hello()], given)
+    given, path = tiny_target.text._replace(tokenizer=tokenizer), tmp_path / "prompts.jsonl"
+    path.write_bytes(encode_line(hello()._asdict()))
+    assert len(ask(recipe, path, given)) == 1
+    path.write_bytes(encode_line(hello("More?")._asdict()))
     with pytest.raises(UserError, match='"it" .user, assistant, user.: .* refuses it: one turn only; change'):
-        ask(recipe, [hello("More?")], given)
+        ask(recipe, path, given)
 
 
 def test_the_end_of_a_turn_is_the_templates(tokenizer: PreTrainedTokenizerFast) -> None:

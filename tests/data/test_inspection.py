@@ -19,9 +19,10 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
 from eagle3.data import inspection, verification
+from eagle3.data.manifest import read_manifest, write_manifest
 from eagle3.data.record import record
 from eagle3.data.shards import Shard, read_entry
-from eagle3.data.store import Store, read_manifest, write_manifest
+from eagle3.data.store import Store
 from eagle3.models.target import Target
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from eagle3.data.files import tensor_file, write_listed
 from eagle3.data.index import Index
+from eagle3.data.manifest import INDEX, SCHEMA, Manifest, write_manifest
 from eagle3.data.shards import publish
-from eagle3.data.store import INDEX, SCHEMA, Manifest, write_manifest
 
 SHARDS, EACH, DIGITS = 20, 50_000, 8
 

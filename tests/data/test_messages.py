@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
+import math
+
 import pytest
 from eagle3.data.messages import Asked, Refused, asked, refuse_besides
 
@@ -115,6 +118,13 @@ def test_an_empty_system_message_is_none() -> None:
 def test_refused_by_name(value: object, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         asked(value, "messages")
+
+
+@pytest.mark.parametrize("value", ['{"a": NaN}', {"a": math.inf}, {"a": [datetime.date(2025, 1, 1)]}])
+def test_arguments_that_no_json_holds_are_refused(value: object) -> None:
+    call = {"function": {"name": "f", "arguments": value}}
+    with pytest.raises(Refused, match="the arguments of a tool's call are not JSON"):
+        asked([*say("user One?"), {"role": "assistant", "tool_calls": [call]}, *say("tool 1")], "messages")
 
 
 def test_a_second_system_message_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,17 +16,30 @@ from eagle3 import cli
 from eagle3.configs.errors import UserError
 from eagle3.configs.loader import load
 from eagle3.configs.settings import Settings
+from eagle3.data import plan_tokens
 from eagle3.data.answers import read_answers
+from eagle3.data.chat import prompt_ids
+from eagle3.data.conversations import Conversation
+from eagle3.data.files import encode_line
 from eagle3.data.plan import STORED, Plan, Speeds, make_plan
 from eagle3.data.plan_table import render
-from eagle3.data.plan_tokens import longest_of
+from eagle3.data.plan_tokens import Asked, longest_of
 from eagle3.data.quantise import encode
 from eagle3.data.regenerate import regenerate
 from eagle3.data.store import Store
 from eagle3.data.units import counted, in_bytes
+from eagle3.models.generate import Answer
 from eagle3.models.target import Target
 from transformers import Llama4Config, Llama4TextConfig
 
+TRIMMING = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|eot|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SPACED = (
+    "{% for m in messages %} {{ m.role }}: {{ m.content }} <|eot|>{% endfor %}"
+    "{% if add_generation_prompt %} assistant: {% endif %}"
+)
 UNKNOWN = Speeds(None, None, None)
 BILLION = 1_000_000_000
 
@@ -174,17 +188,20 @@ def test_several_turns_are_several_answers(maverick: Path, tmp_path: Path) -> No
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plan = make_plan(settings, Speeds(100.0, 1000.0, 10.0), gpus=8)
     tokens = plan.tokens
-    assert (tokens["prompt"], tokens["answer"]) == (3 * 1000, (1 + 5 + 2) * 3000)
-    assert (tokens["longest"], tokens["most_said"]) == (16_000, 15_000)
-    assert tokens["trained"] == 2 * (2 * 1000 + 6 * 3000)
-    assert tokens["origin"] == "the chosen prompts and their 8 turns"
+    assert (tokens["prompt"], tokens["answer"]) == (3 * 1000 + (4 + 1) * 16, (1 + 5 + 2) * 3000)
+    assert (tokens["longest"], tokens["most_said"]) == (16_064, 15_000)
+    assert tokens["trained"] == 2 * (2 * 1000 + 4 * 16 + 6 * 3000)
+    assert tokens["origin"] == (
+        "the chosen prompts and their 8 turns, with 16 tokens of the chat template between two turns "
+        "(assumed, since the target's tokenizer and template cannot be read)"
+    )
     assert plan.hours == {
-        "regenerate": 24_000 / 100 / 3600, "record": 27_000 / 1000 / 3600, "train": 40_000 / 10 / 3600
+        "regenerate": 24_000 / 100 / 3600, "record": 27_080 / 1000 / 3600, "train": 40_128 / 10 / 3600
     }  # fmt: skip
     pairs = 48 * 2 * 8 * 128 * 2
-    assert plan.memory["regenerate"] - plan.memory["weights"] == 64 * 16_000 * pairs // 8
+    assert plan.memory["regenerate"] - plan.memory["weights"] == 64 * 16_064 * pairs // 8
     assert alone.memory["regenerate"] - alone.memory["weights"] == 64 * 4_000 * pairs // 8
-    assert "  longest conversation       16,000\n" in render(plan)
+    assert "  longest conversation       16,064\n" in render(plan)
 
 
 def test_a_conversation_that_is_longer_than_a_batch_is_one(maverick: Path, tmp_path: Path) -> None:
@@ -218,27 +235,93 @@ def test_no_run_holds_more_than_was_planned(
         assert answered[key] == planned[key]
 
 
+QUESTIONS = ("Why?", " Why", " 12", "\n\nso", "'s", "  ", "é你🙂 ", "<|", "word0of")
+
+
+@pytest.mark.parametrize("template", ["its own", "trimming", "spaced"])
+@pytest.mark.parametrize("follow_ups", [0, 1, 3])
+def test_what_is_as_long_as_the_recipe_allows_is_no_longer_than_planned(
+    follow_ups: int,
+    template: str,
+    recipe: Settings,
+    tiny_target: Target,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts and answers of just the longest length, whatever questions begin and end with."""
+    most, tokenizer = recipe.regenerate.max_new_tokens, copy.deepcopy(tiny_target.tokenizer)
+    tokenizer.chat_template = {"its own": tokenizer.chat_template, "trimming": TRIMMING, "spaced": SPACED}[template]
+    text = tiny_target.text._replace(tokenizer=tokenizer)
+    monkeypatch.setattr(plan_tokens, "load_text", lambda settings: text)
+    monkeypatch.setattr(tiny_target, "text", text)
+    full = Answer([104] * (most - 1) + [tokenizer.eos_token_id], True)
+    monkeypatch.setattr(tiny_target, "generate", lambda prompts, *rest: [full for _ in prompts])
+    for number, question in enumerate(QUESTIONS):
+        asked = Conversation(str(number), "s", "train", [{"role": "user", "content": "One?"}], (question,) * follow_ups)
+        longest = len(prompt_ids(tokenizer, asked)) + follow_ups * len(tokenizer(question).input_ids)
+        settings = replace(
+            recipe,
+            run=replace(recipe.run, root=str(tmp_path), name=asked.id),
+            prepare=replace(recipe.prepare, max_prompt_tokens=longest),
+        )
+        folder = tmp_path / asked.id / "conversations"
+        folder.mkdir(parents=True)
+        (folder / "prompts.jsonl").write_bytes(encode_line(asked._asdict()))
+        planned = make_plan(settings, UNKNOWN, gpus=1).tokens
+        regenerate(settings, tmp_path / asked.id, tiny_target)
+        answered = make_plan(settings, UNKNOWN, gpus=1).tokens
+        assert answered["answer"] == planned["answer"] == (1 + follow_ups) * most
+        spare = planned["prompt"] - answered["prompt"]
+        assert 0 <= spare == planned["all"] - answered["all"] <= 5 * follow_ups
+        assert ("tokens of the chat template" in planned["origin"]) == bool(follow_ups)
+
+
+def test_given_answers_are_planned_as_they_are_kept(recipe: Settings, tiny_target: Target, tmp_path: Path) -> None:
+    """Their turns are those of the assistant, calls of tools too, and they need no room to answer in."""
+    said = {"role": "assistant", "content": "So."}
+    messages = [{"role": "user", "content": "One?"}, said, {"role": "tool", "content": "1"}]
+    asked = Conversation("it", "s", "train", messages, ("And " * 40,), (said, said))
+    settings = replace(
+        recipe,
+        run=replace(recipe.run, root=str(tmp_path), name="run"),
+        prepare=replace(recipe.prepare, max_prompt_tokens=200, keep_answers=True),
+        regenerate=replace(recipe.regenerate, max_new_tokens=400),
+    )
+    folder = tmp_path / "run" / "conversations"
+    folder.mkdir(parents=True)
+    (folder / "prompts.jsonl").write_bytes(encode_line(asked._asdict()))
+    planned = make_plan(settings, UNKNOWN, gpus=1).tokens
+    regenerate(settings, tmp_path / "run", tiny_target)
+    (answer,) = read_answers(folder / "answers.jsonl")
+    assert len(answer.turns) == 3
+    assert 112 < len(answer.ids) - len(answer.said) <= planned["prompt"]
+    assert len(answer.ids) <= planned["all"] == planned["longest"] == 512
+
+
 @pytest.mark.parametrize(
-    ("turns", "positions", "longest"),
+    ("turns", "given", "positions", "between", "longest"),
     [
-        (1, 1000, (50, 20)),
-        (3, 1000, (50, 60)),
-        (3, 110, (50, 60)),
-        (3, 109, (50, 59)),
-        (9, 60, (40, 20)),
-        (1, 60, (40, 20)),
-        (9, 10, (0, 20)),  # which regenerate refuses
+        (1, False, 1000, 7, (50, 20, 70)),
+        (3, False, 1000, 0, (50, 60, 110)),
+        (3, False, 1000, 7, (64, 60, 124)),
+        (3, False, 123, 7, (64, 60, 123)),
+        (3, False, 83, 7, (63, 60, 83)),
+        (3, True, 83, 7, (64, 60, 83)),
+        (9, False, 60, 7, (40, 60, 60)),
+        (1, False, 60, 7, (40, 20, 60)),
+        (1, True, 60, 7, (50, 20, 60)),
+        (9, False, 10, 7, (0, 20, 20)),  # which regenerate refuses
     ],
 )
 def test_the_targets_positions_end_a_conversation(
-    turns: int, positions: int, longest: tuple[int, int], recipe: Settings
+    turns: int, given: bool, positions: int, between: int, longest: tuple[int, int, int], recipe: Settings
 ) -> None:
     settings = replace(
         recipe,
         prepare=replace(recipe.prepare, max_prompt_tokens=50),
         regenerate=replace(recipe.regenerate, max_new_tokens=20),
     )
-    assert longest_of(settings, positions, turns) == longest
+    assert longest_of(settings, positions, Asked(True, turns, given), between) == longest
 
 
 def test_the_disk_is_that_of_the_nearest_folder(

@@ -56,7 +56,7 @@ def rows(**counts: int) -> list[dict]:
 
 
 def chosen(run_dir: Path) -> list[Conversation]:
-    return read_conversations(run_dir / PROMPTS)
+    return list(read_conversations(run_dir / PROMPTS))
 
 
 def test_counts_are_dealt_evenly_over_sources(tmp_path: Path, write, text: TargetText) -> None:

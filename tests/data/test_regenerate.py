@@ -17,7 +17,7 @@ from eagle3.configs.settings import Settings
 from eagle3.data.answers import read_answers
 from eagle3.data.conversations import read_conversations
 from eagle3.data.files import exclusive
-from eagle3.data.regenerate import ask, plan, regenerate, regenerated
+from eagle3.data.regenerate import regenerate, regenerated
 from eagle3.models.target import Target
 
 ANSWERS, SUMMARY = Path("conversations/answers.jsonl"), Path("conversations/answers.summary.json")
@@ -75,15 +75,6 @@ def test_every_answer_has_draws_of_its_own(
     monkeypatch.setattr(tiny_target, "generate", watched)
     regenerate(recipe, asked, tiny_target)
     assert len(set(seeds)) == 24
-
-
-def test_batches_are_a_partition_by_length(finished: Path, recipe: Settings, tiny_target: Target) -> None:
-    questions = ask(recipe, read_conversations(finished / "conversations" / "prompts.jsonl"), tiny_target.text)
-    batches = plan(questions, 7)
-    assert [len(batch) for batch in batches] == [7, 7, 7, 3]
-    lengths = [len(question.prompt_ids) for batch in batches for question in batch]
-    assert lengths == sorted(lengths)
-    assert plan(questions[::-1], 7) == batches
 
 
 def test_a_crash_at_any_moment_changes_nothing(

@@ -24,8 +24,9 @@ from eagle3.data import endpoints
 from eagle3.data.answers import read_answers, read_failures, read_finished
 from eagle3.data.chat import prompt_ids, tokenizer_hash
 from eagle3.data.conversations import read_conversations
-from eagle3.data.dialogue import Dialogue
+from eagle3.data.dialogue import Dialogue, Question
 from eagle3.data.endpoints import Endpoint, Failed, Refused, Unavailable, backoff
+from eagle3.data.questions import Questions
 from eagle3.data.record import record
 from eagle3.data.regenerate import regenerate, regenerated
 from eagle3.data.store import Store
@@ -193,6 +194,22 @@ def test_servers_say_what_the_target_says_in_process(
     assert max(one.most_at_once, two.most_at_once) == 3
     assert len({request["seed"] for stub in (one, two) for request in stub.requests}) == 24
     assert not (asked / FAILED).exists()
+
+
+def test_a_question_is_made_when_a_worker_takes_it(
+    asked: Path, through: Through, serve: Serve, tiny_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no more conversations are held than are asked at once."""
+    stub, made, real = serve(), [], Questions.__getitem__
+
+    def watched(questions: Questions, index: int) -> Question:
+        made.append((index, len(stub.answered)))
+        return real(questions, index)
+
+    monkeypatch.setattr(Questions, "__getitem__", watched)
+    regenerate(through(stub, concurrency=2), asked, tiny_target.text)
+    assert [index for index, _ in sorted(made)] == list(range(24))
+    assert max(index - answered for index, answered in made) < 3
 
 
 def test_the_order_of_completion_is_not_recorded(

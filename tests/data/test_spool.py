@@ -21,10 +21,11 @@ from eagle3.configs.errors import Interrupted, UserError
 from eagle3.data import spool
 from eagle3.data.files import remove_temporaries, sha256, write_atomic
 from eagle3.data.index import Identity, Index
+from eagle3.data.manifest import Manifest
 from eagle3.data.shards import StoreSample, shard_path
 from eagle3.data.shards import publish as publish_shard
 from eagle3.data.spool import SpoolReader, SpoolWriter, consumed
-from eagle3.data.store import Manifest, read_shard
+from eagle3.data.store import read_shard
 
 LENGTHS = [[4, 3], [5], [2, 2, 3], [6, 2], [7], [3, 3], [2], [4, 4]]
 FIRST = list(accumulate(map(len, LENGTHS), initial=0))

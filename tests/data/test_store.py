@@ -13,7 +13,8 @@ import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import Settings
 from eagle3.data.files import encode_json
-from eagle3.data.store import Store, read_manifest, write_manifest
+from eagle3.data.manifest import read_manifest, write_manifest
+from eagle3.data.store import Store
 from eagle3.models.target import Target
 from transformers import AutoTokenizer
 

@@ -28,8 +28,8 @@ from eagle3.data import vllm_launch, vllm_recorder, vllm_server
 from eagle3.data.answers import read_answers
 from eagle3.data.conversations import Conversation
 from eagle3.data.dialogue import Dialogue
+from eagle3.data.questions import ask
 from eagle3.data.recorders import States
-from eagle3.data.regenerate import ask
 from eagle3.data.vllm_launch import launch_command, layer_ids, longest_conversation
 from eagle3.data.vllm_recorder import VllmRecorder, spool
 from eagle3.models.target import Target
@@ -438,9 +438,10 @@ def test_the_longest_conversation_is_that_of_a_target_that_says_as_much_as_it_ma
     settings = replace(settings, prepare=replace(settings.prepare, max_prompt_tokens=10))
     asked = Conversation("it", "s", "train", [{"role": "user", "content": "Hello"}], follow_ups)
     (tmp_path / "talk" / "conversations").mkdir(parents=True)
-    (tmp_path / "talk" / "conversations" / "prompts.jsonl").write_text(json.dumps(asked._asdict()) + "\n")
+    path = tmp_path / "talk" / "conversations" / "prompts.jsonl"
+    path.write_text(json.dumps(asked._asdict()) + "\n")
     most, text = settings.regenerate.max_new_tokens, tiny_target.text._replace(max_positions=positions)
-    dialogue = Dialogue(ask(settings, [asked], text)[0], text, most)
+    dialogue = Dialogue(ask(settings, path, text)[0], text, most)
     while not dialogue.finish:  # it ends each turn at the last moment, so that it is asked on
         dialogue.say([*text.tokenizer("so" * most).input_ids[: most - 1], text.tokenizer.eos_token_id], ended=True)
     longest = longest_conversation(settings, text)

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 from eagle3.configs import status
-from eagle3.models import weights
+from eagle3.models import hashing, weights
+from eagle3.models.hashing import Hashing
 from eagle3.models.weights import files_sha256, weights_sha256
 
 
@@ -29,10 +30,8 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the blocks that are hashed."""
     blocks: list[int] = []
-    advance = weights._Hashing._advance
-    monkeypatch.setattr(
-        weights._Hashing, "_advance", lambda hashing, size: blocks.append(size) or advance(hashing, size)
-    )
+    advance = Hashing._advance
+    monkeypatch.setattr(Hashing, "_advance", lambda self, size: blocks.append(size) or advance(self, size))
     return blocks
 
 
@@ -48,7 +47,7 @@ def plain(file: Path) -> str:
 
 
 def test_of_one_file_and_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "BLOCK", 1000)
+    monkeypatch.setattr(hashing, "BLOCK", 1000)
     files = made(tmp_path, *(os.urandom(size) for size in (0, 1, 999, 1000, 1001, 5000, 12_345, 3, 4, 5)))
     assert files_sha256(files) == [plain(file) for file in files]
     names = {"b": files[1].name, "a": files[2].name, "c": files[1].name}
@@ -62,7 +61,7 @@ def test_of_one_file_and_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_files_are_hashed_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     together = threading.Barrier(4, timeout=20)
-    monkeypatch.setattr(weights._Hashing, "_advance", lambda hashing, size: together.wait())
+    monkeypatch.setattr(Hashing, "_advance", lambda self, size: together.wait())
     files = made(tmp_path, b"a", b"b", b"c", b"d")
     assert files_sha256(files) == [plain(file) for file in files]
 
@@ -112,7 +111,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_not_noted(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = made(tmp_path, b"before")
-    monkeypatch.setattr(weights._Hashing, "_advance", lambda hashing, size: os.utime(file, ns=(0, 0)))
+    monkeypatch.setattr(Hashing, "_advance", lambda self, size: os.utime(file, ns=(0, 0)))
     assert files_sha256([file]) == [plain(file)]
     assert not notes.exists()
 
@@ -152,8 +151,8 @@ def test_it_says_how_far_it_is_where_it_takes_long(
     files_sha256(files[:1])
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(status, "INTERVAL_LOG", 0.0)
-    for name in ("BLOCK", "GB"):
-        monkeypatch.setattr(weights, name, 1000)
+    monkeypatch.setattr(hashing, "BLOCK", 1000)
+    monkeypatch.setattr(weights, "GB", 1000)
     files_sha256(files)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
@@ -165,17 +164,17 @@ def test_nobody_waits_for_the_others_after_an_error(
     tmp_path: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even for those that were asked for before the one that failed."""
-    monkeypatch.setattr(weights, "BLOCK", 1)
+    monkeypatch.setattr(hashing, "BLOCK", 1)
     monkeypatch.setattr(weights.os, "cpu_count", lambda: 4)
     blocks: list[int] = []
 
-    def advance(hashing: weights._Hashing, size: int) -> None:
+    def advance(self: Hashing, size: int) -> None:
         blocks.append(size)
         if len(blocks) == 20:
             raise KeyboardInterrupt
         time.sleep(0.001)
 
-    monkeypatch.setattr(weights._Hashing, "_advance", advance)
+    monkeypatch.setattr(Hashing, "_advance", advance)
     with pytest.raises(KeyboardInterrupt):
         files_sha256(made(tmp_path, *[b"x" * 50_000] * 20))
     assert len(blocks) < 20_000

@@ -27,9 +27,9 @@ from ...configs.errors import UserError
 from ...configs.settings import DraftSettings, EvalSettings, RunSettings, Settings, TrainSettings
 from ...data.files import encode_json, tensor_file, write_atomic, write_listed
 from ...data.index import Identity, Index
+from ...data.manifest import HEAD, INDEX, SCHEMA, VOCABULARY, Manifest, write_manifest
 from ...data.quantise import dtype_name, encode
 from ...data.shards import publish
-from ...data.store import HEAD, INDEX, SCHEMA, VOCABULARY, Manifest, write_manifest
 from ...data.vocabulary import TokenCounts
 from ...models.draft import DraftConfig
 from ..stage import train
