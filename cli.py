@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .eval import stage as evaluation
     from .models import target as targets
     from .models import target_files
+    from .models.native import loading as native_loading
+    from .models.native import target as native
     from .train import stage as training
 else:
     inspection = Lazy("eagle3.data.inspection")
@@ -40,6 +42,7 @@ else:
     record, training = Lazy("eagle3.data.record"), Lazy("eagle3.train.stage")
     evaluation, targets = Lazy("eagle3.eval.stage"), Lazy("eagle3.models.target")
     target_files = Lazy("eagle3.models.target_files")
+    native_loading = Lazy("eagle3.models.native.loading")
 
 
 class Run:
@@ -64,10 +67,12 @@ class Run:
         return self.text if self.settings.regenerate.endpoints else self.target
 
     @property
-    def recording(self) -> targets.Target | target_files.TargetEnds:
+    def recording(self) -> targets.Target | native.NativeTarget | target_files.TargetEnds:
         """The target, this process's part of it, or its ends alone where servers record in its place."""
         if self.settings.record.endpoints:
             return target_files.load_ends(self.settings.target)
+        if self.settings.record.engine == "native":
+            return native_loading.load_native(self.settings.target, capacity=0)
         members = self.settings.record.tensor_parallel
         return self.target if members == 1 else targets.load_target(self.settings.target, members)
 

@@ -17,6 +17,7 @@ CHOICES = {
     "target.dtype": DTYPES,
     "record.features_dtype": STORED_DTYPES,
     "record.last_hidden_dtype": STORED_DTYPES,
+    "record.engine": ("transformers", "native"),
     "train.objective": ("kl", "lk"),
     "train.tracker": ("online", "offline", "disabled"),
     "eval.sampling": ("sampled", "greedy"),
@@ -116,6 +117,10 @@ def check(settings: Settings) -> None:
     if settings.record.endpoints and settings.record.tensor_parallel > 1:
         problem = "servers record (record.endpoints), and hold the target as they were told (record.server_gpus)"
         raise UserError("record.tensor_parallel", settings.record.tensor_parallel, problem, "leave one of the two out")
+    if settings.record.engine != "transformers" and (settings.record.endpoints or settings.record.tensor_parallel > 1):
+        problem = "it is for one process that holds the whole target"
+        remedy = "leave out record.endpoints and record.tensor_parallel, or this"
+        raise UserError("record.engine", settings.record.engine, problem, remedy)
     if settings.record.spool_shards is not None and settings.train.epochs != 1:
         problem = f"states in a spool (record.spool_shards = {settings.record.spool_shards}) are read once"
         raise UserError("train.epochs", settings.train.epochs, problem, "set train.epochs=1, or set no spool_shards")

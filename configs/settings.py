@@ -118,6 +118,9 @@ class RecordSettings:
     """For states that no disk holds at once: most shards of training states that stand at a time. Recorder and trainer then
     run side by side; the trainer reads every shard once, in one epoch, and deletes what its checkpoints cover. Held-out
     states are kept in the store. Default: everything is."""
+    engine: str = "transformers"
+    """What runs the target in this process: transformers, which knows every family, or native, for Llama 3 and Llama 4, which
+    pads nothing and sends a token through its own experts alone."""
     endpoints: tuple[str, ...] = ()
     """vLLM servers that record, as http://127.0.0.1:8000; none: the target runs in this process."""
     tensor_parallel: int = 1

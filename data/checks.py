@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from ..configs.errors import Incomplete
-from ..models.target import Target
-from ..models.target_files import TargetEnds
 from .answers import Answer
-from .recorders import States
+from .recorders import RecordedTarget, States
 
 #: How far a recorded greedy token's logit may lie below the top one: batches of another shape round differently.
 TIE = {"float32": 1e-3, "bfloat16": 0.5}
@@ -25,7 +23,7 @@ DISAGREEING_SHARE, DISAGREEING_TOKENS = 0.02, 2
 LOGITS = 1 << 26  # most that are computed at once: 134 MB in bfloat16, 332 tokens of Maverick's
 
 
-def check_states(answer: Answer, states: States, target: Target | TargetEnds) -> int:
+def check_states(answer: Answer, states: States, target: RecordedTarget) -> int:
     """Compare the states of one conversation with what they must be.
 
     Returns:
@@ -48,7 +46,7 @@ def check_states(answer: Answer, states: States, target: Target | TargetEnds) ->
     return 0 if answer.temperature > 0.0 else _disagreeing(answer, states.last_hidden, target)
 
 
-def _disagreeing(answer: Answer, last_hidden: Tensor, target: Target | TargetEnds) -> int:
+def _disagreeing(answer: Answer, last_hidden: Tensor, target: RecordedTarget) -> int:
     """Tokens of the answer whose logit lies clearly below the top one, counted over ``LOGITS`` of them at a time."""
     ids, found = torch.tensor(answer.ids, device=last_hidden.device), last_hidden.new_zeros((), dtype=torch.int64)
     rows = max(1, LOGITS // target.info.vocab_size)

@@ -28,9 +28,9 @@ from transformers import PreTrainedTokenizerBase
 from ..configs.errors import UserError
 from ..configs.settings import Settings
 from ..configs.signals import StopRequest
+from ..models.native.target import NativeTarget
 from ..models.parallel import Place, announced, here, leading, placed
 from ..models.target import Target, TargetHead
-from ..models.target_files import TargetEnds
 from .answers import ANSWERS, Answer, Answers, read_finished
 from .chat import tokenizer_hash
 from .files import (
@@ -57,7 +57,7 @@ from .manifest import (
 )
 from .planning import Batch, plan
 from .quantise import dtype_name
-from .recorders import Recorder, TransformersRecorder
+from .recorders import NativeRecorder, RecordedTarget, Recorder, TransformersRecorder
 from .recording import Recording, index_of
 from .regenerate import answered_by
 from .shards import Shard, read_entry, shard_path
@@ -67,7 +67,7 @@ from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
 
 
-def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recorder: Recorder | None = None) -> None:
+def record(settings: Settings, run_dir: Path, target: RecordedTarget, recorder: Recorder | None = None) -> None:
     """Write ``store/``; shards that are there are kept.
 
     Args:
@@ -114,7 +114,7 @@ def record(settings: Settings, run_dir: Path, target: Target | TargetEnds, recor
                     Recording(place, name, settings.record, target, streamed, recorder).run(shards, ours, stop)
 
 
-def _follow(target: Target | TargetEnds, stop: StopRequest) -> None:
+def _follow(target: RecordedTarget, stop: StopRequest) -> None:
     """Compute what the first member of the group records; a signal ends it when it ends that one."""
     assert isinstance(target, Target)
     for input_ids in announced():
@@ -130,8 +130,10 @@ def _place(settings: Settings) -> Place:
     return placed(ranks.process_index, ranks.num_processes, 1)
 
 
-def _recorder(settings: Settings, target: Target | TargetEnds, ours: Place) -> Recorder:
+def _recorder(settings: Settings, target: RecordedTarget, ours: Place) -> Recorder:
     """The target itself where it, or a part of it, is here, else the servers that have it."""
+    if isinstance(target, NativeTarget):
+        return NativeRecorder(target)
     return TransformersRecorder(target, ours) if isinstance(target, Target) else VllmRecorder(settings, target)
 
 
@@ -158,7 +160,7 @@ def _whole(stage: Stage, settings: Settings, run_dir: Path) -> bool:
 def _manifest(
     settings: Settings,
     stage: Stage,
-    target: Target | TargetEnds,
+    target: RecordedTarget,
     answers: Answers,
     stored: Answers,
     shards: list[list[Batch]],
@@ -229,7 +231,7 @@ def _write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return {name: write_listed(folder / name, content) for name, content in files.items()}
 
 
-def _stage(settings: Settings, run_dir: Path, target: Target | TargetEnds | None) -> Stage:
+def _stage(settings: Settings, run_dir: Path, target: RecordedTarget | None) -> Stage:
     """The stage with its inputs; without a target, with those that can be told without it."""
     answers = run_dir / "conversations" / ANSWERS
     if not answers.exists():

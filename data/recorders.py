@@ -1,4 +1,4 @@
-"""What computes the states that :mod:`.record` stores: an interface, and the target itself through transformers.
+"""What computes the states that :mod:`.record` stores: an interface, and the target itself, in this process.
 
     recorder = TransformersRecorder(target)
     for states in recorder.record([[ids, others], [more]]):    # int32 [T] each, in batches
@@ -18,8 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.native.target import NativeTarget
 from ..models.parallel import ALONE, Place, announce
 from ..models.target import Target
+from ..models.target_files import TargetEnds
+
+#: Whose states are recorded: it, or its ends alone where servers have the rest.
+RecordedTarget = Target | NativeTarget | TargetEnds
 
 
 class States(NamedTuple):
@@ -75,3 +80,19 @@ class TransformersRecorder:
         return [
             States(features_BTFH[row, :length], output.last_hidden[row, :length]) for row, length in enumerate(lengths)
         ]
+
+
+class NativeRecorder:
+    """The native target, whose batches are packed: nothing is padded."""
+
+    def __init__(self, target: NativeTarget) -> None:
+        self.target = target
+
+    def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
+        """One forward pass a batch, when its first states are asked for; see :class:`Recorder`."""
+        for sequences in batches:
+            lengths, cuda = [len(ids) for ids in sequences], self.target.device.type == "cuda"
+            packed_N = torch.from_numpy(np.concatenate(sequences)).long()
+            output = self.target.prefill(packed_N.pin_memory() if cuda else packed_N, lengths)
+            parts = output.features.split(lengths), output.last_hidden.split(lengths)
+            yield from (States(*states) for states in zip(*parts, strict=True))

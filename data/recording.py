@@ -35,7 +35,6 @@ from ..configs.errors import Incomplete
 from ..configs.settings import RecordSettings
 from ..configs.signals import StopRequest
 from ..models.parallel import Place
-from ..models.target import Target
 from ..models.target_files import TargetEnds
 from .answers import Answer
 from .chat import sequence
@@ -45,7 +44,7 @@ from .index import Identity, Index
 from .planning import Batch
 from .progress import Progress
 from .quantise import encode
-from .recorders import Recorder, States
+from .recorders import RecordedTarget, Recorder, States
 from .shards import ShardEntry, publish, shard_path
 from .spool import SpoolWriter, StoreWriter
 
@@ -70,7 +69,7 @@ class Recording:
         place: StoreWriter | SpoolWriter,
         name: str,
         settings: RecordSettings,
-        target: Target | TargetEnds,
+        target: RecordedTarget,
         answers: Sequence[Answer],
         recorder: Recorder,
     ) -> None:
@@ -143,7 +142,7 @@ class Recording:
         The target's own wait for each other at every step, and so for whoever else has a core of theirs.
         """
         own = torch.get_num_threads()
-        cores = 1 if isinstance(self.target, Target) else own
+        cores = own if isinstance(self.target, TargetEnds) else 1
         try:
             with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores,)) as threads:
                 yield threads

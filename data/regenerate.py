@@ -26,7 +26,6 @@ from ..configs.errors import Incomplete, UserError
 from ..configs.settings import RegenerateSettings, Settings
 from ..configs.signals import StopRequest
 from ..models.target import Target, TargetText
-from ..models.target_files import TargetEnds
 from .answers import ANSWERS, FAILED, GIVEN, SUMMARY, Answer, Failure, each_answer, each_failure
 from .chat import tokenizer_hash
 from .conversations import PROMPTS, places, read_conversations
@@ -44,6 +43,7 @@ from .files import (
 from .given import Keeper
 from .progress import Progress
 from .questions import Questions, ask, plan
+from .recorders import RecordedTarget
 from .servers import Servers
 from .stage import Json, Stage, at_least
 
@@ -86,7 +86,7 @@ def regenerated(settings: Settings, run_dir: Path) -> bool:
     return _whole(Stage("regenerate", run_dir, folder, _inputs(settings, folder, None)), settings)
 
 
-def answered_by(target: Target | TargetEnds, run_dir: Path) -> None:
+def answered_by(target: RecordedTarget, run_dir: Path) -> None:
     """Refuse answers that this run got from another target; of answers that came from elsewhere nothing is known.
 
     Which weights a server has is its own affair: there the recorder finds out, which compares greedy answers with the

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from ..models.draft import Eagle3Draft
 from ..models.target import Target
+from .drafters import ChainDrafter
 from .live import Counters, LiveEngine
-from .speculate import ChainDrafter, Limits, Sampling, TargetVerifier, decode
+from .speculate import Limits, Sampling, TargetVerifier, decode
 from .stage import compare
 from .traces import Round
 

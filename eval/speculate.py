@@ -23,11 +23,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..models.draft import DraftCache, Eagle3Draft
-from ..models.generate import draw
+from ..models.native.target import NativeTarget
 from ..models.target import Target
-from .sampling import Proposal, distribution, judge_greedy, judge_sampled, spread
+from .sampling import Proposal, judge_greedy, judge_sampled
 from .traces import Round
+from .trees import Tree, judge_tree, judge_tree_sampled
 
 
 class Sampling(NamedTuple):
@@ -66,7 +66,7 @@ class Drafter(Protocol):
     def update(self, verdict: Verdict) -> None:
         """Take in the tokens that stand, in order and without gaps."""
 
-    def propose(self) -> Proposal:
+    def propose(self) -> Proposal | Tree:
         """Draft the tokens that may follow."""
 
 
@@ -76,7 +76,7 @@ class Verifier(Protocol):
     def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
         """Forget the last request, run over ``prompt`` and say the first token."""
 
-    def verify(self, proposal: Proposal | None) -> Verdict:
+    def verify(self, proposal: Proposal | Tree | None) -> Verdict:
         """Judge a proposal, None being an empty one; ``len(tokens) - 1`` drafted tokens were accepted."""
 
 
@@ -150,8 +150,10 @@ class TargetVerifier:
         _, self._last = self._judge(self._target.logits(output.last_hidden[0, -1:]), None)
         return Verdict([*prompt[1:], self._last], output.features[0])
 
-    def verify(self, proposal: Proposal | None) -> Verdict:
-        """See :class:`Verifier`."""
+    def verify(self, proposal: Proposal | Tree | None) -> Verdict:
+        """See :class:`Verifier`; of chains."""
+        if isinstance(proposal, Tree):
+            raise TypeError("the caches of transformers' models hold no trees")
         before = self._cache.length
         row = torch.tensor([self._last], device=self._target.device)
         if proposal is not None:
@@ -172,67 +174,59 @@ class TargetVerifier:
         return judge_sampled(logits, proposal, self._sampling.temperature, uniform)
 
 
-class ChainDrafter:
-    """The EAGLE-3 head, drafting ``chain`` tokens one after the other.
+class NativeVerifier:
+    """The native target, which judges chains and trees; it keeps its cache from request to request.
 
     Args:
-        draft: the head, in the numerics it shall run in, on the target's device.
-        embedding: the target's, ``[V, H]``.
-        chain: tokens of a proposal, 1 or more.
-        capacity: positions of the longest request.
+        target: the model.
+        capacity: positions of the longest request: prompt, answer, and one proposal more.
     """
 
-    def __init__(self, draft: Eagle3Draft, embedding: Tensor, chain: int, capacity: int) -> None:
-        self._draft, self._embedding, self._chain = draft, embedding, chain
-        self._cache: DraftCache = draft.new_cache(1, capacity)
-        self._positions = torch.arange(capacity, device=embedding.device)[None]
-        every = torch.arange(draft.config.draft_vocab_size, device=embedding.device)
-        mapped = draft.config.draft_vocab_size < len(embedding)
-        self._vocabulary = draft.target_ids(every) if mapped else None
-        # Embeddings by draft id: one look-up less in every step.
-        self._own_embedding = embedding[self._vocabulary] if self._vocabulary is not None else embedding
+    def __init__(self, target: NativeTarget, capacity: int) -> None:
+        self._target, self._cache = target, target.new_cache(capacity)
         self._sampling, self._random = Sampling(), torch.Generator()
-        self._length = 0
-        self._state = embedding.new_zeros(1, 1, embedding.shape[1])
+        self._last = 0
 
-    def start(self, sampling: Sampling) -> None:
-        """See :class:`Drafter`."""
+    def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
+        """See :class:`Verifier`."""
         self._cache.rollback(0)
-        self._length = 0
-        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed)
+        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
+        output = self._target.forward(torch.tensor(prompt), self._cache)
+        self._last = self._judge(self._target.logits(output.last_hidden[-1:]), _NOTHING)[1]
+        return Verdict([*prompt[1:], self._last], output.features)
 
-    def update(self, verdict: Verdict) -> None:
-        """See :class:`Drafter`."""
-        self._cache.rollback(self._length)
-        tokens = torch.tensor(verdict.tokens, device=self._embedding.device)
-        h_BTH = self._draft.combine(verdict.features)[None]
-        y_BTH = self._run(self._embedding[tokens][None], h_BTH)
-        self._length += len(verdict.tokens)
-        self._state = y_BTH[:, -1:]
+    def verify(self, proposal: Proposal | Tree | None) -> Verdict:
+        """See :class:`Verifier`."""
+        drafted = _NOTHING if proposal is None else proposal
+        before, tree = self._cache.length, isinstance(drafted, Tree)
+        ids = torch.cat((torch.tensor([self._last]), drafted.tokens))
+        output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
+        rows, self._last = self._judge(self._target.logits(output.last_hidden), drafted)
+        if tree:
+            self._cache.keep(torch.tensor([0, *rows]))
+        else:
+            self._cache.rollback(before + 1 + len(rows))
+        accepted = drafted.tokens[[row - 1 for row in rows]].tolist()
+        return Verdict([*accepted, self._last], output.features[[0, *rows]])
 
-    def propose(self) -> Proposal:
-        """See :class:`Drafter`."""
-        greedy = self._sampling.temperature == 0 or self._sampling.drafting == "greedy"
-        uniform_K = torch.empty(0)
-        if not greedy:
-            uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(self._embedding.device)
-        y_BTH, chosen, rows = self._state, [], []
-        for step in range(self._chain):
-            logits_BD = self._draft.logits(y_BTH[:, 0])
-            if greedy:
-                chosen.append(logits_BD.argmax(-1))
-            else:
-                rows.append(distribution(logits_BD, self._sampling.temperature))
-                chosen.append(draw(rows[-1], uniform_K[step : step + 1]))
-            if step + 1 < self._chain:
-                y_BTH = self._run(self._own_embedding[chosen[-1]][None], self._draft.feedback(y_BTH))
-        tokens = torch.cat(chosen)
-        if self._vocabulary is not None:
-            tokens = self._vocabulary[tokens]
-        if greedy:
-            return Proposal(tokens)
-        return Proposal(tokens, spread(torch.cat(rows), self._vocabulary, len(self._embedding)))
+    def _judge(self, logits: Tensor, proposal: Proposal | Tree) -> tuple[list[int], int]:
+        """The rows that stand, row 0 being the last token before the proposal, and the target's own token."""
+        temperature, uniform = self._sampling.temperature, torch.empty(0)
+        if temperature > 0:
+            uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
+        if isinstance(proposal, Tree):
+            path = (
+                judge_tree_sampled(logits, proposal, temperature, uniform)
+                if temperature
+                else judge_tree(logits, proposal)
+            )
+            return path.rows, path.token
+        judged = (
+            judge_sampled(logits, proposal, temperature, uniform)
+            if temperature
+            else judge_greedy(logits, proposal.tokens)
+        )
+        return list(range(1, judged.accepted + 1)), judged.token
 
-    def _run(self, embed_BTH: Tensor, h_BTH: Tensor) -> Tensor:
-        start = self._cache.length
-        return self._draft.decode(embed_BTH, h_BTH, self._positions[:, start : start + embed_BTH.shape[1]], self._cache)
+
+_NOTHING = Proposal(torch.empty(0, dtype=torch.long))

@@ -34,8 +34,9 @@ from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
 from ..models.repeats import repeated
 from ..models.target import DTYPES, Target, load_target
+from .drafters import ChainDrafter
 from .environment import ENGINE, environment
-from .speculate import ChainDrafter, Decoded, Limits, Sampling, TargetVerifier, decode
+from .speculate import Decoded, Limits, Sampling, TargetVerifier, decode
 from .traces import BASELINE, SPECULATIVE, Lossless, Trace, pieces, resume
 
 WARM_UP_TOKENS = 16

@@ -89,8 +89,14 @@ class TargetFiles:
 
     def weight(self, name: str) -> Tensor:
         """The weight that transformers' model calls ``name``."""
-        spellings = (there + name.removeprefix(here) for here, there in PREFIXES if name.startswith(here))
-        return self._read(next((stored for stored in spellings if stored in self._files), None), name)
+        return self._read(self._spelling(name), name)
+
+    def find(self, name: str) -> tuple[str, str]:
+        """Where the weight that transformers' model calls ``name`` is: in which file, and what it is called there."""
+        stored = self._spelling(name)
+        if stored is None:
+            raise self._missing(name)
+        return self._file(self._files[stored]), stored
 
     @cached_property
     def _index(self) -> dict[str, Any]:
@@ -122,16 +128,23 @@ class TargetFiles:
             model = reader(self._config).from_config(self._config)
         return sum(parameter.numel() for parameter in model.parameters()), "its configuration"
 
+    def _spelling(self, name: str) -> str | None:
+        spellings = (there + name.removeprefix(here) for here, there in PREFIXES if name.startswith(here))
+        return next((stored for stored in spellings if stored in self._files), None)
+
     def _ending(self, ending: str) -> str | None:
         return next((name for name in self._files if name.endswith(ending)), None)
 
     def _read(self, stored: str | None, name: str) -> Tensor:
         if stored is None:
-            problem = f"its files have no tensor {name}"
-            raise UserError("target.path", self.name, problem, "give a checkpoint in Hugging Face's layout")
+            raise self._missing(name)
         with refusing(self._settings), safe_open(self._file(self._files[stored]), "pt") as file:
             found: Tensor = file.get_tensor(stored)
             return found
+
+    def _missing(self, name: str) -> UserError:
+        problem = f"its files have no tensor {name}"
+        return UserError("target.path", self.name, problem, "give a checkpoint in Hugging Face's layout")
 
     def _file(self, name: str) -> str:
         file = cached_file(self._path, name, **self._where)

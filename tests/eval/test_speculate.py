@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from eagle3.eval import speculate
+from eagle3.eval.drafters import ChainDrafter
 from eagle3.eval.metrics import Acceptance, acceptance
 from eagle3.eval.sampling import Judgement, Proposal, distribution, judge_sampled, spread
-from eagle3.eval.speculate import ChainDrafter, Decoded, Limits, Sampling, TargetVerifier, Verdict, decode
+from eagle3.eval.speculate import Decoded, Limits, Sampling, TargetVerifier, Verdict, decode
 from eagle3.eval.traces import SPECULATIVE, Round, Trace
 from eagle3.models.draft import Eagle3Draft
 from eagle3.models.generate import draw

@@ -1,0 +1,109 @@
+"""Trees of drafted tokens, EAGLE-2's: grown where the head is confident, judged node by node.
+
+    drafter = TreeDrafter(draft, target.head.embedding, TreeShape(total=60, depth=7, top_k=10), capacity=700)
+    tree = drafter.propose()                       # Tree
+    judge_tree(logits, tree)                       # Path: which nodes stand, and the target's own token
+
+A level holds the ``top_k`` nodes on the likeliest paths, by the product of the head's probabilities; each proposes
+``top_k`` tokens. Of all that were proposed the ``total`` likeliest are verified: a node is never likelier than its
+parent, so they are a tree. Source: arXiv 2406.16858, section 4.
+
+At T > 0 the tree is the same, since nothing of it is drawn, and its nodes are judged as greedily drafted tokens are: the
+children of a node one after the other, each accepted with the probability that the target gives it among what was not
+rejected before. What is emitted is distributed as the target's own samples (arXiv 2305.09781, section 4.3).
+
+Shapes: N nodes, root excluded; D draft vocabulary, V vocabulary, H hidden, k nodes of a level, S rows of the draft's cache.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.generate import draw
+from .sampling import distribution
+
+
+class TreeShape(NamedTuple):
+    """``total``: most nodes that are verified, root excluded. ``depth``: levels. ``top_k``: nodes of a level."""
+
+    total: int
+    depth: int
+    top_k: int
+
+
+class Tree(NamedTuple):
+    """Drafted ``tokens`` ``[N]``. Row 0 is the root, the last token that stands; row i + 1 is node i.
+
+    ``parents`` ``[N]``: rows; none is behind its child. ``depth``: no path is longer.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depth: int
+
+    def ancestors(self) -> Tensor:
+        """Which rows are on the path to each, itself included: bool ``[N + 1, N + 1]``."""
+        own = torch.eye(len(self.parents) + 1, dtype=torch.bool, device=self.parents.device)
+        parents = torch.cat((self.parents.new_zeros(1), self.parents))
+        found = own
+        for _ in range(self.depth):
+            found = own | found[parents]
+        return found
+
+
+class Path(NamedTuple):
+    """The ``rows`` of the nodes that stand, from the root on and without it, and the target's own ``token`` behind them."""
+
+    rows: list[int]
+    token: int
+
+
+def judge_tree(logits: Tensor, tree: Tree) -> Path:
+    """Go down while a child is the most likely token.
+
+    Args:
+        logits: ``[N + 1, V]``; row i is the target's at row i of the tree.
+        tree: it.
+    """
+    flat = torch.cat((logits.argmax(-1), tree.tokens, tree.parents)).tolist()  # one wait
+    count = len(tree.tokens)
+    best, tokens, parents = flat[: count + 1], flat[count + 1 : 2 * count + 1], flat[2 * count + 1 :]
+    children = {pair: row for row, pair in enumerate(zip(parents, tokens, strict=True), 1)}
+    rows, row = list[int](), 0
+    while (child := children.get((row, best[row]))) is not None:
+        rows.append(child)
+        row = child
+    return Path(rows, best[row])
+
+
+def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: Tensor) -> Path:
+    """Accept so that what is emitted is distributed as the target's own samples.
+
+    Args:
+        logits: ``[N + 1, V]``.
+        tree: it; what it holds must not depend on ``uniform``.
+        temperature: above 0.
+        uniform: ``[N + 1]`` independent numbers in [0, 1): row 0's draws the token that is added, each other's judges
+            its node.
+    """
+    parents, chances = tree.parents.tolist(), uniform.tolist()
+    rows, row = list[int](), 0
+    while True:
+        children = [child for child, parent in enumerate(parents, 1) if parent == row]
+        p_V = distribution(logits[row], temperature)
+        tokens = tree.tokens[[child - 1 for child in children]]
+        accepted, left = None, 1.0
+        for child, p in zip(children, p_V[tokens].tolist(), strict=True):
+            if chances[child] * left < p:
+                accepted = child
+                break
+            left -= p
+        if accepted is None:
+            remaining_V = p_V.index_fill(0, tokens, 0.0)
+            p_V = remaining_V if bool(remaining_V.any()) else p_V  # rounding can leave nothing
+            return Path(rows, int(draw(p_V[None], uniform[:1])))
+        rows.append(accepted)
+        row = accepted

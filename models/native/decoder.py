@@ -1,0 +1,50 @@
+"""The decoder: embedding, layers, final norm. It holds weights, and leaves the arithmetic to :mod:`.operations`.
+
+Shapes: T tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .cache import Cache
+from .config import DecoderConfig
+from .operations import Operations
+from .sights import Step
+from .weights import DecoderWeights, Dense
+
+
+class Decoder:
+    """A decoder over tokens of one forward.
+
+    Args:
+        config: what it computes.
+        weights: with what.
+        operations: by which arithmetic.
+        captured: layers whose outputs are given out, ascending.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, operations: Operations, captured: tuple[int, ...]
+    ) -> None:
+        self.config, self.weights, self.operations = config, weights, operations
+        self._captured = frozenset(captured)
+        self._layers = list(zip(config.layers, weights.layers, strict=True))
+
+    def forward(self, ids_T: Tensor, step: Step, cache: Cache | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The states after the final norm, ``[T, H]``, and the outputs of the captured layers, ``[T, H]`` each."""
+        operations, captured = self.operations, []
+        x_TH = F.embedding(ids_T, self.weights.embedding)
+        rotation = operations.rotation(step)
+        for index, (layer, weights) in enumerate(self._layers):
+            qkv = operations.linear(operations.norm(x_TH, weights.input_norm), weights.qkv)
+            attended = operations.attend(qkv, layer, rotation, step, index, cache)
+            x_TH = x_TH + operations.linear(attended, weights.out)
+            normed_TH = operations.norm(x_TH, weights.mlp_norm)
+            mlp = weights.mlp
+            more_TH = operations.mlp(normed_TH, mlp) if isinstance(mlp, Dense) else operations.experts(normed_TH, mlp)
+            x_TH = x_TH + more_TH
+            if index in self._captured:
+                captured.append(x_TH)
+        return operations.norm(x_TH, self.weights.norm), tuple(captured)

@@ -1,0 +1,65 @@
+"""Rows of hidden states through the expert that each was routed to; no other is computed for it.
+
+Three ways, one result: which is fastest depends on how many rows there are and on who may wait for whom.
+
+Shape suffixes: R rows, H hidden, I width of an expert (2I: gate and up), E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .weights import Experts
+
+FEW = 8  # rows for which an accelerator copies their experts' weights instead of sorting them by expert
+
+
+def routed(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
+    """Each row through its expert, ``[R, H]`` to ``[R, H]``, by the way that suits device and number of rows."""
+    if x_RH.device.type == "cpu":
+        return alone(x_RH, expert_R, weights) if len(x_RH) == 1 else looped(x_RH, expert_R, weights)
+    if len(x_RH) <= FEW:
+        return gathered(x_RH, expert_R, weights)
+    return (grouped if x_RH.dtype == torch.bfloat16 else looped)(x_RH, expert_R, weights)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up``, ``[R, 2I]`` to ``[R, I]``."""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def alone(x_1H: Tensor, expert_1: Tensor, weights: Experts) -> Tensor:
+    """One row on a CPU, where asking for its expert's number costs nothing."""
+    expert = int(expert_1)
+    return torch.mm(gated(torch.mm(x_1H, weights.gate_up[expert])), weights.down[expert])
+
+
+def gathered(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
+    """A few rows, each with a copy of its expert's weights: nothing is asked of the device."""
+    inner_RI = gated(torch.bmm(x_RH[:, None], weights.gate_up[expert_R])[:, 0])
+    return torch.bmm(inner_RI[:, None], weights.down[expert_R])[:, 0]
+
+
+def grouped(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
+    """Rows sorted by expert, and one call for all experts: nothing is asked of the device."""
+    sorted_R, order_R = expert_R.sort()
+    every_E = torch.arange(len(weights.down), device=x_RH.device)
+    ends_E = torch.searchsorted(sorted_R, every_E, right=True, out_int32=True)
+    inner_RI = gated(F.grouped_mm(x_RH.index_select(0, order_R), weights.gate_up, offs=ends_E))
+    return torch.empty_like(x_RH).index_copy_(0, order_R, F.grouped_mm(inner_RI, weights.down, offs=ends_E))
+
+
+def looped(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
+    """Rows sorted by expert, and expert after expert; it asks for their numbers of rows, so an accelerator waits."""
+    counts = {expert: count for expert, count in enumerate(expert_R.bincount().tolist()) if count}
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        parts = zip(counts, x.split(list(counts.values())), strict=True)
+        return torch.cat([torch.mm(part, weight[expert]) for expert, part in parts])
+
+    order_R = expert_R.argsort()
+    inner_RI = gated(product(x_RH.index_select(0, order_R), weights.gate_up))
+    return torch.empty_like(x_RH).index_copy_(0, order_R, product(inner_RI, weights.down))

@@ -1,0 +1,114 @@
+"""Checkpoint to device: each tensor is read, put where the decoder has it, and forgotten before the next.
+
+    target = load_native(TargetSettings(), capacity=700)
+
+Of the matrices of all experts of a layer, which are one tensor of up to 21 GB, one expert's is read at a time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from ...configs.errors import UserError
+from ...configs.settings import TargetSettings
+from ..target import DTYPES, located, opened
+from ..target_files import TargetFiles
+from ..target_info import TargetInfo, configured, end_ids
+from ..weights import weights_sha256
+from .decoder import Decoder
+from .families import SETTING, family_of
+from .memory import check_memory
+from .operations import Operations
+from .target import NativeTarget
+from .weights import Place, allocate, places
+
+
+def load_native(settings: TargetSettings, capacity: int, device: torch.device | None = None) -> NativeTarget:
+    """Load the target in a folder, of a hub name, or the model that ships ("embedded").
+
+    Args:
+        settings: which, in which numerics, and which layers it captures.
+        capacity: tokens of all the caches that it will be asked for; 0 for recording.
+        device: where it runs; default the first GPU, or the CPU where there is none.
+
+    Raises:
+        UserError: no such folder, a hub that cannot be reached, a family that is not computed here, files that are not
+            all there or do not belong together, a layer that the target does not have, or too little memory.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with opened(settings) as (path, where):
+        whole = AutoConfig.from_pretrained(path, **where)
+        family, config = family_of(whole, settings.path)
+        dtype = DTYPES[settings.dtype]
+        fields = configured(whole.get_text_config(), settings)  # which refuses layers that it has not
+        check_memory(settings.path, config, capacity, device, dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        info = TargetInfo(
+            **fields,
+            revision=whole.to_dict().get("_commit_hash") or settings.revision,
+            weights_sha256=weights_sha256(path, where),
+            vocab_size=config.vocab_size,
+            eos_ids=_end_ids(settings, whole, tokenizer),
+            dtype=settings.dtype,
+        )
+        weights = allocate(config, device, dtype)
+        fill(places(weights, config, family), settings, device)
+    decoder = Decoder(config, weights, Operations(config, device), info.layers)
+    return NativeTarget(decoder, info, tokenizer)
+
+
+def fill(wanted: dict[str, Place], settings: TargetSettings, device: torch.device) -> None:
+    """Read what is ``wanted``, file by file.
+
+    Raises:
+        UserError: a tensor is not there, or has another shape, or its file is damaged.
+    """
+    try:
+        for file, names in _by_file(wanted, TargetFiles(settings)).items():
+            with safe_open(file, "pt", device=str(device)) as tensors:
+                for stored, name in names:
+                    _fill_one(wanted[name], tensors.get_slice(stored), stored, settings)
+    except SafetensorError as error:
+        problem = f"its weights are damaged ({error})"
+        raise UserError(SETTING, settings.path, problem, "get the files again") from error
+
+
+def _by_file(wanted: Iterable[str], files: TargetFiles) -> dict[str, list[tuple[str, str]]]:
+    """Of every file the tensors that are wanted: what it calls them, and what they are called here."""
+    found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in wanted:
+        file, stored = files.find(name)
+        found[file].append((stored, name))
+    return found
+
+
+def _fill_one(place: Place, part: Any, stored: str, settings: TargetSettings) -> None:
+    found = tuple(part.get_shape())
+    if found != place.shape:
+        problem = f"its {stored} is {found} and not {place.shape}"
+        raise UserError(SETTING, settings.path, problem, "take files that belong together")
+    if len(found) < 3:
+        place.view.copy_(part[:].view(place.view.shape))
+        return
+    for index, expert in enumerate(place.view):
+        expert.copy_(part[index])
+
+
+def _end_ids(settings: TargetSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    path, where = located(settings)
+    found = cached_file(path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **where)
+    generation = (
+        GenerationConfig.from_pretrained(path, **where)
+        if found and Path(found).is_file()
+        else GenerationConfig.from_model_config(config)
+    )
+    return end_ids(generation, config.get_text_config(), tokenizer)

@@ -1,0 +1,86 @@
+"""The native target: what a recorder and a verifier call.
+
+    target.prefill(packed_ids, lengths)                 # [N], documents back to back -> states of all of them
+    cache = target.new_cache(700)
+    target.forward(prompt_ids, cache)                   # [T]
+    target.forward(drafted_ids, cache)                  # one after the other
+    cache.rollback(length)
+    target.forward(node_ids, cache, ancestors)          # a tree; then
+    cache.keep(path)
+
+Shapes: T tokens, F captured layers, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..target import TargetOutput
+from ..target_info import TargetHead, TargetInfo, TargetText
+from .cache import Cache
+from .decoder import Decoder
+from .sights import branching, following, packed
+
+
+class NativeTarget:
+    """A decoder with its tokenizer, frozen.
+
+    Args:
+        decoder: it captures the layers that ``info`` names.
+        info: what the target is.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, decoder: Decoder, info: TargetInfo, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.decoder, self.info, self.tokenizer = decoder, info, tokenizer
+        weights, config = decoder.weights, decoder.config
+        self.head = TargetHead(weights.embedding, weights.norm, config.rms_norm_eps, weights.lm_head)
+        self.text = TargetText(tokenizer, info.eos_ids, info.max_positions)
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self._chunks = config.chunks
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor, cache: Cache, ancestors: Tensor | None = None) -> TargetOutput:
+        """Run over tokens ``ids`` ``[T]`` that continue what is in ``cache``, and are added to it.
+
+        Args:
+            ids: one after the other; or the nodes of a tree.
+            cache: of which :meth:`Cache.rollback` takes tokens back, and :meth:`Cache.keep` takes a path of a tree in.
+            ancestors: of a tree, bool ``[T, T]``: row i is true for the ancestors of node i and for itself. No node
+                stands before its parent.
+
+        Returns:
+            ``last_hidden`` ``[T, H]`` and ``features`` ``[T, F, H]``.
+
+        Raises:
+            ValueError: they do not fit the cache, or a tree is still to be settled there.
+        """
+        if ancestors is None:
+            step = following(cache, len(ids), self._chunks, self.dtype)
+        else:
+            step = branching(cache, ancestors, self._chunks, self.dtype)
+        return TargetOutput(*self.decoder.forward(ids.to(self.device), step, cache))
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, lengths: Sequence[int]) -> TargetOutput:
+        """Run over documents of ``lengths`` tokens, 1 or more each, back to back in ``ids`` ``[T]``, without a cache.
+
+        Each starts at position 0 and sees nothing of the others.
+
+        Returns:
+            ``last_hidden`` ``[T, H]`` and ``features`` ``[T, F, H]``.
+        """
+        return TargetOutput(*self.decoder.forward(ids.to(self.device), packed(lengths, self._chunks, ids.device)))
+
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """``[..., H]`` after the final norm to ``[..., V]``."""
+        return F.linear(last_hidden, self.head.lm_head)
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for one sequence of at most ``capacity`` tokens; its memory is taken now."""
+        return Cache(self.decoder.config, capacity, self.head.embedding)
