@@ -13,13 +13,13 @@ from eagle3.configs.entry import finish
 from eagle3.configs.errors import Incomplete
 from eagle3.data.bench import sides
 from eagle3.models.draft import DraftConfig
-from eagle3.models.rollout import rollout
+from eagle3.models.rollout import StepOutput, rollout
 from eagle3.train.bench import formulation, ladder, reference
 from eagle3.train.bench.head import Preset
 from eagle3.train.bench.ladder import CAUSES, Ladder, Rung
 from torch.utils._python_dispatch import TorchDispatchMode
 
-V, D, STEPS = 101, 23, 7
+V, D, STEPS = 37, 11, 7
 MASKS = ["......aaaaaaaaa..aa", ".aaa...aa...aaaaa.a", "aaaaaaaaaaaaaa.....", "..................."]
 SHAPE = (len(MASKS), len(MASKS[0]))
 
@@ -55,7 +55,7 @@ def test_supervised_rows_are_those_of_the_rollout() -> None:
         assert ones.any(1).view(SHAPE).equal(mask)
     rows = ladder.rows_of(found.documents, STEPS)
     assert rows.counts == [len(output.y) for output in outputs] and 0 < rows.counts[-1] < rows.counts[0]
-    back = ladder.output_of(rows.places, torch.ones(len(rows.places), 1), found.documents)
+    back = StepOutput(rows.places, torch.ones(len(rows.places), 1))
     assert ladder.spread(back, found.documents).any(1).view(SHAPE).equal(masks_KBT[0])
 
 

@@ -108,7 +108,7 @@ class Ladder:
             return reference.step_sums(self.draft, self.embedding, self.lm_head, documents, steps, kind, once)
         rows = rows_of(documents, steps)
         if rung >= Rung.FUSED:
-            outputs = [output_of(rows.places[: len(y)], y, documents) for y in self._outputs(rung, documents, rows)]
+            outputs = [StepOutput(rows.places[: len(y)], y) for y in self._outputs(rung, documents, rows)]
             return _sums(objective(self.draft, outputs, batch_of(documents), self.lm_head, kind))
         teacher = self._teacher(documents.last_hidden.flatten(0, 1)[rows.places + 1], tiled=rung is Rung.TILED)
         # Step j of row t is taught at t+1+j, as step 0 of row t+j is.
@@ -186,22 +186,14 @@ def random_documents(preset: Preset, prompt: int) -> Documents:
 
 
 def batch_of(documents: Documents) -> RolloutBatch:
-    """The documents as ours takes them."""
+    """The documents as ours takes them, one behind the other."""
     count, length = documents.input_ids.shape
-    return RolloutBatch(*documents, torch.full((count,), length))
+    return RolloutBatch(*(each.flatten(0, 1) for each in documents), torch.full((count,), length))
 
 
 def spread(output: StepOutput, documents: Documents) -> Tensor:
     """Outputs of ours at their places in ``[B * T, H]``; zeros at those of no row."""
-    sample, row = output.rows.unbind(1)
-    count, length = documents.input_ids.shape
-    return output.y.new_zeros(count * length, output.y.shape[1]).index_copy(0, sample * length + row, output.y)
-
-
-def output_of(places: Tensor, y: Tensor, documents: Documents) -> StepOutput:
-    """Outputs ``y [n, H]`` at ``places [n]`` of ``[B * T]`` as ours has them."""
-    length = documents.input_ids.shape[1]
-    return StepOutput(torch.stack((places // length, places % length), 1), y)
+    return output.y.new_zeros(documents.input_ids.numel(), output.y.shape[1]).index_copy(0, output.rows, output.y)
 
 
 def rows_of(documents: Documents, steps: int) -> SupervisedRows:
