@@ -188,7 +188,8 @@ def random_documents(preset: Preset, prompt: int) -> Documents:
 def batch_of(documents: Documents) -> RolloutBatch:
     """The documents as ours takes them, one behind the other."""
     count, length = documents.input_ids.shape
-    return RolloutBatch(*(each.flatten(0, 1) for each in documents), torch.full((count,), length))
+    ids, mask, features, last_hidden = (each.flatten(0, 1) for each in documents)
+    return RolloutBatch(ids, mask, features, last_hidden, torch.full((count,), length))
 
 
 def spread(output: StepOutput, documents: Documents) -> Tensor:
