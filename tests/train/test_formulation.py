@@ -19,7 +19,7 @@ from eagle3.train.bench.head import Preset
 from eagle3.train.bench.ladder import CAUSES, Ladder, Rung
 from torch.utils._python_dispatch import TorchDispatchMode
 
-V, D, STEPS = 101, 23, 7
+V, D, STEPS = 37, 11, 7
 MASKS = ["......aaaaaaaaa..aa", ".aaa...aa...aaaaa.a", "aaaaaaaaaaaaaa.....", "..................."]
 SHAPE = (len(MASKS), len(MASKS[0]))
 
