@@ -104,8 +104,9 @@ def check(ladder: Ladder) -> str:
 def peaks(preset: Preset, prompt: int, kind: str) -> dict[str, int] | None:
     """Bytes that a step of each rung takes, above what is resident before it; None where the system cannot tell."""
     context = get_context("forkserver")  # whose processes begin without this one's memory
-    context.set_forkserver_preload([memory_of.__module__, measure.__module__])
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool:
+    # The last is what the first optimiser imports, which takes longer than all the rest.
+    context.set_forkserver_preload([memory_of.__module__, measure.__module__, "torch._dynamo"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         found = list(pool.map(partial(memory_of, preset, prompt, kind), Rung))
     known = {rung.name: size for rung, size in zip(Rung, found, strict=True) if size is not None}
     return known if len(known) == len(Rung) else None
