@@ -40,7 +40,7 @@ check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 	@count=$$(grep -rnE '# *(noqa|type: *ignore)' --include='*.py' *.py $(PACKAGES) tests | wc -l); \
 	echo "suppressions: $$count of at most $(SUPPRESSIONS)"; [ $$count -le $(SUPPRESSIONS) ]
 
-bench: $(VENV)/package ## recording, reading, training, its memory, and decoding again, each beside what it is measured against
+bench: $(VENV)/package ## recording, reading, training, its memory and decoding again, each beside what it is to be compared with
 	@$(BIN)/python -m eagle3.data.bench.recording
 	@$(BIN)/python -m eagle3.data.bench.reading --dtypes bfloat16 float8_e4m3fn
 	@$(BIN)/python -m eagle3.train.bench.formulation

@@ -5,7 +5,7 @@
 
 First all rungs of :mod:`.ladder`, from the reference to ours, must compute the same losses and gradients. Then each takes
 whole optimiser steps in turn: same weights, documents, float32, threads and micro-batch, no compilation. Memory is what a
-step takes at most above what is resident once model, optimiser and documents exist, in a process of its own.
+step takes at most above what is resident once model, optimiser and documents exist, in a process and thread of its own.
 
 Time and memory depend on how much of the documents is prompt, so there are two tables. Weights and states are random:
 neither depends on them.
@@ -32,7 +32,7 @@ from .ladder import CAUSES, PRESETS, Ladder, Rung, memory_of
 
 TOLERANCE = 1e-5  # performance.md's, as are the limits
 LEAST_SPEED, MOST_MEMORY = 2.0, 0.5
-PROMPTS = {"half of the tokens prompt": 2, "no prompt": 0}  # by what a document's length is divided
+PROMPTS = {"half of the tokens prompt": 0.5, "no prompt": 0.0}  # share of every document
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,13 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = _parse(arguments)
     check_rounds(asked.rounds)
     preset = PRESETS[asked.preset]
-    print(
-        f"{_shape(asked, preset)}, {torch.get_num_threads()} threads, {asked.rounds} rounds; a line keeps the gains of those above it",
-        flush=True,
-    )
+    print(f"{_shape(asked, preset)}, {torch.get_num_threads()} threads, {asked.rounds} rounds", flush=True)
+    print("every line keeps the gains of those above it", flush=True)
     results = list[dict[str, object]]()
-    for name, parts in PROMPTS.items():
-        results += _measure(asked, preset, name, preset.length // parts if parts else 0)
+    for name, share in PROMPTS.items():
+        results += _measure(asked, preset, name, int(share * preset.length))
     if asked.out:
         write(asked.out, results)
 
@@ -76,7 +74,7 @@ def _measure(asked: argparse.Namespace, preset: Preset, name: str, prompt: int) 
     memory = peaks(preset, prompt, asked.objective)
     if memory is None:
         print(
-            "  memory: not measured, as /proc/self/clear_refs cannot be written, which resets the most that was resident"
+            "  memory: not measured; what was resident at most is reset by /proc/self/clear_refs, which is not to be had"
         )
     for rung in Rung:
         print(f"  {CAUSES[rung]:<48} {_line(spent, memory, preset.documents * preset.length, rung)}", flush=True)

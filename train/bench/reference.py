@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.draft import Eagle3Draft, rotation_table
-
-LK_SHARPNESS = 3.0  # arXiv 2602.23881's
+from ..objective import LK_SHARPNESS
 
 
 class Documents(NamedTuple):
