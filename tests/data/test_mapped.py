@@ -82,6 +82,8 @@ def test_what_is_in_memory_is_mapped_ahead(cold: Tensor, tmp_path: Path) -> None
 def test_little_is_left_to_whoever_touches_it(cold: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped, "_threads", None)
     bring(cold[: mapped.LEAST // cold[0].nbytes - 1])
+    with pytest.raises(AttributeError):  # a little more is brought
+        bring(cold[: mapped.LEAST // cold[0].nbytes])
 
 
 def test_a_file_that_was_cut_is_no_trouble(cold: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
