@@ -86,8 +86,6 @@ def distribution(logits: Tensor, temperature: float) -> Tensor:
     return (logits.double() / temperature).softmax(-1)
 
 
-def spread(q_KD: Tensor, vocabulary_D: Tensor | None, size: int) -> Tensor:
+def spread(q_KD: Tensor, vocabulary_D: Tensor, size: int) -> Tensor:
     """Draft probabilities ``[K, D]`` over the target's vocabulary ``[K, V]``: 0 for tokens the draft cannot say."""
-    if vocabulary_D is None:
-        return q_KD
     return q_KD.new_zeros(len(q_KD), size).index_copy_(1, vocabulary_D, q_KD)

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from ..models.draft import Eagle3Draft
+from ..models.native.draft import NativeDraft
 from ..models.target import Target
 from .drafters import ChainDrafter
 from .live import Counters, LiveEngine
@@ -51,7 +52,9 @@ def decode_all(
     """The same with our own decoder; plain decoding without a ``draft``. ``advance`` is told of every answer's tokens."""
     capacity = max(map(len, prompts)) + max_new_tokens + chain + 1
     verifier = TargetVerifier(target, capacity)
-    drafter = None if draft is None else ChainDrafter(draft, target.head.embedding, chain, capacity)
+    drafter = None
+    if draft is not None:
+        drafter = ChainDrafter(NativeDraft(draft, target.head.embedding, capacity, chain), chain)
     answers, rounds = [], list[Round]()
     for prompt in prompts:
         decoded = decode(prompt, verifier, drafter, Limits(max_new_tokens, target.info.eos_ids), Sampling(0.0))

@@ -1,7 +1,7 @@
 """Speculative decoding of one request: propose, verify, update.
 
     verifier = TargetVerifier(target, capacity=700)
-    drafter = ChainDrafter(draft, target.head.embedding, chain=5, capacity=700)
+    drafter = ChainDrafter(NativeDraft(draft, target.head.embedding, capacity=700, drafted=5), chain=5)
     decode(prompt, verifier, drafter, Limits(128, target.info.eos_ids), Sampling(temperature=0.0))
 
 The loop knows neither models nor tensors, so that tests can put stand-ins in both places. Plain decoding is the same

@@ -32,6 +32,7 @@ from ..data.progress import Progress
 from ..data.stage import Json, Stage
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
+from ..models.native.draft import NativeDraft
 from ..models.repeats import repeated
 from ..models.target import DTYPES, Target, load_target
 from .drafters import ChainDrafter
@@ -168,7 +169,7 @@ def _bench(settings: EvalSettings, target: Target, draft: Eagle3Draft, jobs: lis
     return Bench(
         target,
         TargetVerifier(target, capacity),
-        ChainDrafter(draft, target.head.embedding, settings.chain, capacity),
+        ChainDrafter(NativeDraft(draft, target.head.embedding, capacity, settings.chain), settings.chain),
         Limits(settings.max_new_tokens, target.info.eos_ids),
     )
 

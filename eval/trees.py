@@ -1,6 +1,6 @@
 """Trees of drafted tokens, EAGLE-2's: grown where the head is confident, judged node by node.
 
-    drafter = TreeDrafter(draft, target.head.embedding, TreeShape(total=60, depth=7, top_k=10), capacity=700)
+    drafter = TreeDrafter(head, TreeShape(total=60, depth=7, top_k=10))
     tree = drafter.propose()                       # Tree
     judge_tree(logits, tree)                       # Path: which nodes stand, and the target's own token
 

@@ -230,16 +230,13 @@ class Eagle3Draft(nn.Module):
         """An empty cache for serving."""
         return DraftCache(self.config, batch, capacity, self.fc.weight)
 
-    def decode(
-        self, embed: Tensor, h: Tensor, positions: Tensor, cache: DraftCache, seen: Tensor | None = None
-    ) -> Tensor:
-        """Serve T rows behind those in ``cache``, and add them to it.
+    def decode(self, embed: Tensor, h: Tensor, positions: Tensor, cache: DraftCache) -> Tensor:
+        """Serve T rows behind those in ``cache``, and add them to it: the plain way, which :mod:`.native.draft` is held to.
 
         Args:
             embed: embedded next tokens, ``[B, T, H]``.
             h: combined features, or fed-back outputs, ``[B, T, H]``.
             positions: RoPE positions, ``[B, T]``, below the cache's capacity.
-            seen: which of the S rows, new ones included, each new row sees, bool ``[T, S]``; None: those up to itself.
 
         Returns:
             y, ``[B, T, H]``.
@@ -250,8 +247,8 @@ class Eagle3Draft(nn.Module):
         keys_BTMW, values_BTMW = self.keys_values(x, rotation)
         keys_BMSW, values_BMSW = cache.append(keys_BTMW.transpose(1, 2), values_BTMW.transpose(1, 2))
         new, total = query_BNTW.shape[2], keys_BMSW.shape[2]
-        mask = seen
-        if seen is None and new > 1:
+        mask = None
+        if new > 1:
             mask = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
         attended = F.scaled_dot_product_attention(query_BNTW, keys_BMSW, values_BMSW, attn_mask=mask, enable_gqa=True)
         return self.finish(h, attended.transpose(1, 2))

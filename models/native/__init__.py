@@ -21,5 +21,6 @@ module           what it knows
 ``experts``      tokens through the expert that each was routed to
 ``decoder``      the layers, one after the other
 ``target``       the whole: what a recorder and a verifier call
+``draft``        the EAGLE-3 head, in the same arithmetic
 ===============  ==================================================================================
 """

@@ -1,6 +1,7 @@
 """Rows of hidden states through the expert that each was routed to; no other is computed for it.
 
-Three ways, one result: which is fastest depends on how many rows there are and on who may wait for whom.
+Five ways, one result: which is fastest depends on how many rows there are, on how small the experts are, and on who may
+wait for whom.
 
 Shape suffixes: R rows, H hidden, I width of an expert (2I: gate and up), E experts.
 """
@@ -13,14 +14,18 @@ from torch import Tensor
 
 from .weights import Experts
 
+SMALL = 1 << 21  # products of rows and first matrices up to which a CPU is faster computing all than sorting
 FEW = 8  # rows for which an accelerator copies their experts' weights instead of sorting them by expert
 
 
 def routed(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
     """Each row through its expert, ``[R, H]`` to ``[R, H]``, by the way that suits device and number of rows."""
+    rows = x_RH.shape[0]
     if x_RH.device.type == "cpu":
-        return alone(x_RH, expert_R, weights) if len(x_RH) == 1 else looped(x_RH, expert_R, weights)
-    if len(x_RH) <= FEW:
+        if rows == 1:
+            return alone(x_RH, expert_R, weights)
+        return (everywhere if rows * weights.gate_up.numel() <= SMALL else looped)(x_RH, expert_R, weights)
+    if rows <= FEW:
         return gathered(x_RH, expert_R, weights)
     return (grouped if x_RH.dtype == torch.bfloat16 else looped)(x_RH, expert_R, weights)
 
@@ -35,6 +40,13 @@ def alone(x_1H: Tensor, expert_1: Tensor, weights: Experts) -> Tensor:
     """One row on a CPU, where asking for its expert's number costs nothing."""
     expert = int(expert_1)
     return torch.mm(gated(torch.mm(x_1H, weights.gate_up[expert])), weights.down[expert])
+
+
+def everywhere(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
+    """A few rows through all of a few small experts, as zeros but through their own: nothing to sort or to count."""
+    every_E = torch.eye(weights.gate_up.shape[0], dtype=x_RH.dtype, device=x_RH.device)
+    own_ER1 = every_E.index_select(1, expert_R)[..., None]
+    return torch.bmm(gated(torch.bmm(x_RH * own_ER1, weights.gate_up)), weights.down).sum(0)
 
 
 def gathered(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:

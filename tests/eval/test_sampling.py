@@ -129,4 +129,3 @@ def test_greedy_judgement(drafted: list[int], expected: tuple[int, int]) -> None
 def test_tokens_the_draft_cannot_say_have_no_probability() -> None:
     q = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     assert spread(q, VOCABULARY, V).tolist() == [pytest.approx([0.0, 0.1, 0.2, 0.0, 0.3, 0.4])]
-    assert spread(q, None, 4) is q

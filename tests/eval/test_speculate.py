@@ -21,6 +21,7 @@ from eagle3.eval.speculate import Decoded, Limits, Sampling, TargetVerifier, Ver
 from eagle3.eval.traces import SPECULATIVE, Round, Trace
 from eagle3.models.draft import Eagle3Draft
 from eagle3.models.generate import draw
+from eagle3.models.native.draft import NativeDraft
 from eagle3.models.target import Target, TargetOutput
 from torch import Tensor
 
@@ -165,6 +166,7 @@ def test_rounds_that_drafted_nothing_are_kept_but_not_counted() -> None:
 
 PROMPT_LENGTHS = (2, 15, 16, 21)  # chunks of 16: boundaries fall on different tokens of a proposal
 ANSWER = 21
+LONGEST = max(PROMPT_LENGTHS) + ANSWER + K + 1
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def texts(tiny_target: Target, prompts: list[list[int]]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def verifier(tiny_target: Target) -> TargetVerifier:
     """One for all: what it keeps from request to request must not matter."""
-    return TargetVerifier(tiny_target, max(PROMPT_LENGTHS) + ANSWER + K + 1)
+    return TargetVerifier(tiny_target, LONGEST)
 
 
 @pytest.mark.parametrize(("depths", "expected"), SCRIPTED)
@@ -252,7 +254,7 @@ class Helped(ChainDrafter):
     """
 
     def __init__(self, draft: Eagle3Draft, target: Target, text: Sequence[int], depths: Sequence[int]) -> None:
-        super().__init__(draft, target.head.embedding, K, max(PROMPT_LENGTHS) + ANSWER + K + 1)
+        super().__init__(NativeDraft(draft, target.head.embedding, LONGEST, K), K)
         self.text, self.depths = text, itertools.cycle(depths)
         self.told = self.before = 0
         self.own: list[tuple[int, Proposal]] = []
@@ -330,7 +332,7 @@ def test_the_bare_chain_is_lossless(
     new_draft: Callable[..., Eagle3Draft],
 ) -> None:
     """One drafter for all requests, without any help."""
-    drafter = ChainDrafter(new_draft(1), tiny_target.head.embedding, K, max(PROMPT_LENGTHS) + ANSWER + K + 1)
+    drafter = ChainDrafter(NativeDraft(new_draft(1), tiny_target.head.embedding, LONGEST, K), K)
     for prompt, text in zip(prompts, texts, strict=True):
         answer = decode(prompt, verifier, drafter, Limits(ANSWER, ()), Sampling())
         assert answer.ids == text[:ANSWER]
@@ -410,56 +412,41 @@ class TableTarget:
         return last_hidden
 
 
-class RowCache:
-    """How many rows there are."""
-
-    length = 0
-
-    def rollback(self, length: int) -> None:
-        assert length <= self.length
-        self.length = length
-
-
-class TableDraft:
+class TableHead:
     """A head whose next token depends on the last one: ``logits_VD``."""
 
-    class config:  # noqa: N801
-        draft_vocab_size = len(VOCABULARY)
+    device, vocabulary, vocab_size = torch.device("cpu"), VOCABULARY, V
 
     def __init__(self, logits_VD: Tensor) -> None:
         self.logits_VD = logits_VD
+        self.last = 0
 
-    def new_cache(self, batch: int, capacity: int) -> RowCache:
-        return RowCache()
+    def restart(self) -> None:
+        self.last = 0
 
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        return VOCABULARY[draft_ids]
+    def extend(self, tokens: Tensor, features: Tensor) -> None:
+        assert len(tokens) == len(features)
+        self.last = int(tokens[-1])
 
-    def combine(self, features: Tensor) -> Tensor:
-        return features[:, 0]
+    def begin(self) -> Tensor:
+        return self.logits_VD[[self.last]]
 
-    def feedback(self, y: Tensor) -> Tensor:
-        return y
-
-    def decode(self, embed: Tensor, h: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
-        assert positions[0].tolist() == list(range(cache.length, cache.length + embed.shape[1]))
-        cache.length += embed.shape[1]
-        return self.logits_VD[embed.argmax(-1)]
+    def step(self, tokens: Tensor, y_kH: Tensor, seen_kS: Tensor | None = None) -> Tensor:
+        return self.logits_VD[VOCABULARY[tokens]]
 
     def logits(self, y: Tensor) -> Tensor:
         return y
 
 
 class Tables(NamedTuple):
-    """Logits ``[V, V, V]`` of a :class:`TableTarget`, and ``[V, D]`` of a :class:`TableDraft`."""
+    """Logits ``[V, V, V]`` of a :class:`TableTarget`, and ``[V, D]`` of a :class:`TableHead`."""
 
     target: Tensor
     draft: Tensor
 
     def decoders(self, drafter: type[ChainDrafter] = ChainDrafter) -> tuple[TargetVerifier, ChainDrafter]:
-        """Verifier and drafter (chains of 2); embeddings are unit vectors."""
-        target, draft = TableTarget(self.target), TableDraft(self.draft)
-        return TargetVerifier(target, 99), drafter(draft, torch.eye(V), CHAIN, 9999)  # type: ignore[arg-type]
+        """Verifier and drafter (chains of 2)."""
+        return TargetVerifier(TableTarget(self.target), 99), drafter(TableHead(self.draft), CHAIN)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

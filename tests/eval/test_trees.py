@@ -19,6 +19,7 @@ from eagle3.eval.speculate import Limits, NativeVerifier, Sampling, Verdict, dec
 from eagle3.eval.trees import Path as Standing
 from eagle3.eval.trees import Tree, TreeShape, judge_tree, judge_tree_sampled
 from eagle3.models.draft import Eagle3Draft
+from eagle3.models.native.draft import NativeDraft
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.target import NativeTarget
 from eagle3.models.target import Target
@@ -106,6 +107,10 @@ def verifier(native: NativeTarget) -> NativeVerifier:
     return NativeVerifier(native, CAPACITY)
 
 
+def head_of(draft: Eagle3Draft, embedding: Tensor, shape: TreeShape) -> NativeDraft:
+    return NativeDraft(draft, embedding, CAPACITY, shape.depth * shape.top_k)
+
+
 def brute_force(draft: Eagle3Draft, drafter: TreeDrafter, verdict: Verdict, embedding: Tensor, shape: TreeShape) -> set:
     """The nodes of the tree as paths of target ids, every path drafted by itself as a chain."""
     tokens = torch.tensor(verdict.tokens)
@@ -143,7 +148,7 @@ def test_the_likeliest_paths_are_grown(
     changes: dict,
 ) -> None:
     draft, embedding = new_draft(**changes), native.head.embedding
-    drafter = TreeDrafter(draft, embedding, shape, CAPACITY)
+    drafter = TreeDrafter(head_of(draft, embedding, shape), shape)
     drafter.start(Sampling())
     verdict = verifier.start([9, 8, 7, 6, 5, 4, 3], Sampling())
     drafter.update(verdict)
@@ -153,7 +158,6 @@ def test_the_likeliest_paths_are_grown(
         paths = {tuple(tree.tokens[row].tolist()) for row in told}
         assert paths == brute_force(draft, drafter, verdict, embedding, shape)
         assert len(tree.tokens) == len(paths) <= shape.total
-        drafter._cache.rollback(drafter._length)  # as the next update does
 
 
 @pytest.mark.parametrize("shape", [None, TreeShape(20, 4, 4), TreeShape(60, 7, 10)])
@@ -165,9 +169,10 @@ def test_answers_are_the_targets_own(
     draft, embedding = new_draft(), native.head.embedding
     capacity = CAPACITY + 64
     verifier = NativeVerifier(native, capacity)
-    drafter = (
-        ChainDrafter(draft, embedding, 3, capacity) if shape is None else TreeDrafter(draft, embedding, shape, capacity)
-    )
+    if shape is None:
+        drafter = ChainDrafter(NativeDraft(draft, embedding, capacity, 3), 3)
+    else:
+        drafter = TreeDrafter(head_of(draft, embedding, shape), shape)
     accepted = 0
     for length in (2, 15, 16, 21):
         prompt = torch.randint(256, (length,), generator=torch.Generator().manual_seed(length)).tolist()

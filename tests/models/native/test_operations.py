@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from eagle3.configs.settings import TargetSettings
+from eagle3.models.native import experts
 from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig, Temperature
 from eagle3.models.native.decoder import Decoder
-from eagle3.models.native.experts import alone, gathered, grouped, looped, routed
+from eagle3.models.native.experts import alone, everywhere, gathered, grouped, looped, routed
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.operations import Operations
 from eagle3.models.native.sights import branching, following, packed
@@ -22,6 +23,7 @@ from .conftest import CAPTURED, DEVICE, LLAMA4, assert_close, built, random_ids
 
 EXPERTS, HIDDEN, WIDTH = 5, 16, 24
 WAYS: dict[str, Callable[[Tensor, Tensor, Experts], Tensor]] = {
+    "everywhere": everywhere,
     "gathered": gathered,
     "looped": looped,
     "grouped": grouped,
@@ -48,8 +50,9 @@ def test_ways_through_the_experts(way: str, rows: int, dtype: torch.dtype) -> No
     assert_close(WAYS[way](x_RH, expert_R, weights).float(), plain.float(), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_other_expert_is_computed(way: str) -> None:
+@pytest.mark.parametrize("way", WAYS.keys() - {"everywhere"})
+def test_no_other_expert_is_computed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "SMALL", 0)
     weights = random_experts(torch.float32)
     weights.gate_up[3], weights.down[3] = torch.nan, torch.nan
     expert_R = torch.tensor([0, 4, 4, 1, 2, 0], device=DEVICE)
@@ -90,10 +93,10 @@ def test_a_forward_asks_its_device_for_nothing() -> None:
     assert cache.length == 60
 
 
-@pytest.mark.parametrize("experts", [{"moe_layers": []}, {"num_local_experts": 1}])
-def test_bfloat16(experts: dict[str, object], saved: Callable[..., object]) -> None:
+@pytest.mark.parametrize("changes", [{"moe_layers": []}, {"num_local_experts": 1}])
+def test_bfloat16(changes: dict[str, object], saved: Callable[..., object]) -> None:
     """As near to float32 as rounding lets it; with one expert, since routing would turn a rounding into another way."""
-    folder = saved(built(LLAMA4 | {"use_qk_norm": True} | experts))
+    folder = saved(built(LLAMA4 | {"use_qk_norm": True} | changes))
     settings = TargetSettings(path=str(folder), layers=CAPTURED)
     exact, ours = load_native(settings, 64), load_native(replace(settings, dtype="bfloat16"), 64)
     assert ours.info == replace(exact.info, dtype="bfloat16")

@@ -1,0 +1,189 @@
+"""The EAGLE-3 head as it drafts: products merged, memory taken once, the same arithmetic as the target.
+
+    head = NativeDraft(draft, target.head.embedding, capacity=700, drafted=5)
+    head.extend(tokens, features)              # what stands: a row per token, of real features
+    y = head.begin()                           # the last of them; its logits say the first drafted token
+    y = head.step(head.logits(y).argmax(-1), y)     # a row behind it, and so on
+
+:class:`~..draft.Eagle3Draft` is the plain head; this one is made of its weights and computes the same.
+
+Row t pairs the target's features of token t with the embedding of token t+1, at position t. Rows that were drafted are taken
+back when the next ones that stand come in, or when drafting begins again.
+
+Shapes: T rows that stand, k rows of a step, S drafted rows, F features, H hidden, D draft vocabulary, V vocabulary, C half
+the width of a head, Q widths of all queries, keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..draft import DraftConfig, Eagle3Draft, rotation_table
+from .cache import Cache
+from .config import DecoderConfig, LayerConfig
+from .operations import Operations, Rotation
+from .sights import Step, Window, following
+from .weights import Dense
+
+FULL = 0  # the chunk of a layer that sees everything
+
+
+class DraftWeights(NamedTuple):
+    """Matrices are ``[in, out]``. ``fc_norms``: one per captured layer, or none."""
+
+    fc: Tensor
+    fc_norms: tuple[Tensor, ...]
+    embedding_norm: Tensor
+    hidden_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    mlp: Dense
+    norm: Tensor
+    lm_head: Tensor
+
+
+class NativeDraft:
+    """The head over one sequence.
+
+    Args:
+        draft: its weights, which are copied.
+        embedding: the target's, ``[V, H]``; the head takes its numerics and its device.
+        capacity: tokens of the longest request.
+        drafted: rows of a proposal.
+    """
+
+    def __init__(self, draft: Eagle3Draft, embedding: Tensor, capacity: int, drafted: int) -> None:
+        self._shape, self._embedding = draft.config, embedding
+        self.device, self.vocab_size = embedding.device, len(embedding)
+        #: Target ids ``[D]`` of the draft vocabulary.
+        self.vocabulary = draft.draft_ids.to(self.device)
+        self._weights = gathered(draft, embedding)
+        config = decoder_config(draft.config)
+        self._layer = config.layers[0]
+        self._operations = Operations(config, self.device)
+        self._cache = Cache(config, capacity + drafted, embedding)
+        cosines, sines = rotation_table(draft.config, capacity + drafted, embedding.new_empty(0, dtype=torch.float32))
+        self._pairs_S1C = torch.complex(cosines, sines)
+        self._rows = torch.arange(capacity + drafted, device=self.device)
+        # Of the tokens that it can say, so that a step looks one up and norms nothing.
+        self._own_DH = self._operations.norm(embedding[self.vocabulary], self._weights.embedding_norm)
+        #: Rows that stand.
+        self.standing = 0
+        self._depth = 0
+        self._last_1H = embedding.new_zeros(1, embedding.shape[1])
+
+    def restart(self) -> None:
+        """Forget everything."""
+        self._cache.rollback(0)
+        self.standing, self._depth = 0, 0
+
+    def extend(self, tokens: Tensor, features: Tensor) -> None:
+        """Take in rows that stand: ``tokens`` ``[T]``, each with the target's ``features`` ``[T, F, H]`` of the one before."""
+        self._cache.rollback(self.standing)
+        step = following(self._cache, len(tokens), frozenset((FULL,)), self._embedding.dtype)
+        pairs = self._pairs_S1C.narrow(0, self.standing, len(tokens))
+        embedded = self._operations.norm(self._embedding.index_select(0, tokens), self._weights.embedding_norm)
+        self._last_1H = self._layer_of(embedded, self._combined(features), step, pairs)[-1:]
+        self.standing, self._depth = self.standing + len(tokens), 0
+
+    def begin(self) -> Tensor:
+        """``y`` ``[1, H]`` of the last row that stands; what was drafted behind it is taken back."""
+        self._cache.rollback(self.standing)
+        self._depth = 0
+        return self._last_1H
+
+    def step(self, tokens: Tensor, y_kH: Tensor, seen_kS: Tensor | None = None) -> Tensor:
+        """Draft on: rows one position behind those of the last step.
+
+        Args:
+            tokens: draft ids ``[k]``.
+            y_kH: what their parents came to.
+            seen_kS: which drafted rows each sees, in the order in which they came, its own step's included; None: all,
+                as in a chain.
+
+        Returns:
+            y, ``[k, H]``.
+        """
+        first, count, position = self._cache.length, len(tokens), self.standing + self._depth
+        self._cache.claim(count, tree=False)
+        self._depth += 1
+        mask = None
+        if seen_kS is not None:
+            drafted = torch.zeros_like(seen_kS, dtype=y_kH.dtype).masked_fill_(~seen_kS, -torch.inf)
+            mask = torch.cat((drafted.new_zeros(count, self.standing), drafted), 1)
+        places = self._rows.narrow(0, first, count)
+        window = Window(0, first + count, mask)
+        step = Step(places, places, {FULL: window}, position)
+        pairs = self._pairs_S1C.narrow(0, position, 1)
+        h_kH = self._operations.norm(y_kH, self._weights.norm) if self._shape.norm_output else y_kH
+        return self._layer_of(self._own_DH.index_select(0, tokens), h_kH, step, pairs)
+
+    def logits(self, y: Tensor) -> Tensor:
+        """``[k, H]`` to ``[k, D]``."""
+        return self._operations.linear(self._operations.norm(y, self._weights.norm), self._weights.lm_head)
+
+    def _combined(self, features: Tensor) -> Tensor:
+        norms = self._weights.fc_norms
+        if norms:
+            features = torch.stack([self._operations.norm(features[:, at], norm) for at, norm in enumerate(norms)], 1)
+        return self._operations.linear(features.flatten(1), self._weights.fc)
+
+    def _layer_of(self, embedded_TH: Tensor, h_TH: Tensor, step: Step, pairs: Tensor) -> Tensor:
+        """``y`` ``[T, H]`` of rows whose embeddings are normed already."""
+        operations, weights = self._operations, self._weights
+        normed_TH = operations.norm(h_TH, weights.hidden_norm)
+        qkv = operations.linear(torch.cat((embedded_TH, normed_TH), 1), weights.qkv)
+        attended = operations.attend(qkv, self._layer, Rotation(pairs, None), step, 0, self._cache)
+        residual_TH = normed_TH if self._shape.norm_before_residual else h_TH
+        y_TH = residual_TH + operations.linear(attended, weights.out)
+        return y_TH + operations.mlp(operations.norm(y_TH, weights.mlp_norm), weights.mlp)
+
+
+def decoder_config(config: DraftConfig) -> DecoderConfig:
+    """The head's one layer, as the decoder says it."""
+    return DecoderConfig(
+        vocab_size=config.draft_vocab_size,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        layers=(LayerConfig(rotates=True, chunk=FULL, experts=0, width=config.intermediate_size),),
+    )
+
+
+def gathered(draft: Eagle3Draft, like: Tensor) -> DraftWeights:
+    """The head's weights in the numerics and on the device of ``like``."""
+
+    def norm(module: nn.Module) -> Tensor:
+        return module.get_parameter("weight").detach().to(like)
+
+    def matrix(*parts: Tensor) -> Tensor:
+        merged = torch.cat([part.detach().to(like) for part in parts])
+        return merged.t().contiguous() if like.device.type == "cpu" else merged.t()
+
+    layer, width = draft.midlayer, draft.config.head_dim
+    attention, mlp = layer.self_attn, layer.mlp
+    query, key = (_in_pairs(module.weight, width) for module in (attention.q_proj, attention.k_proj))
+    return DraftWeights(
+        fc=matrix(draft.fc.weight),
+        fc_norms=tuple(norm(module) for module in draft.fc_norm) if draft.config.fc_norm else (),
+        embedding_norm=norm(layer.input_layernorm),
+        hidden_norm=norm(layer.hidden_norm),
+        qkv=matrix(query, key, attention.v_proj.weight),
+        out=matrix(attention.o_proj.weight),
+        mlp_norm=norm(layer.post_attention_layernorm),
+        mlp=Dense(matrix(mlp.gate_proj.weight, mlp.up_proj.weight), matrix(mlp.down_proj.weight)),
+        norm=norm(draft.norm),
+        lm_head=matrix(draft.lm_head.weight),
+    )
+
+
+def _in_pairs(weight: Tensor, width: int) -> Tensor:
+    """Row i of a head's first half goes beside row i of its second: the decoder rotates pairs (2i, 2i + 1)."""
+    return weight.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
