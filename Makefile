@@ -40,13 +40,12 @@ check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 	@count=$$(grep -rnE '# *(noqa|type: *ignore)' --include='*.py' *.py $(PACKAGES) tests | wc -l); \
 	echo "suppressions: $$count of at most $(SUPPRESSIONS)"; [ $$count -le $(SUPPRESSIONS) ]
 
-bench: $(VENV)/package ## recording, reading, training, its memory and decoding again, each beside what it is to be compared with
+bench: demo ## recording, reading, training, its memory and decoding, each beside what it is to be compared with
 	@$(BIN)/python -m eagle3.data.bench.recording
 	@$(BIN)/python -m eagle3.data.bench.reading --dtypes bfloat16 float8_e4m3fn
 	@$(BIN)/python -m eagle3.train.bench.formulation
 	@$(BIN)/python -m eagle3.train.bench.memory
-	@rm -rf runs/tiny/eval
-	@$(BIN)/eagle3 run configs/tiny.yaml
+	@$(BIN)/python -m eagle3.eval.bench.decoding
 
 target: $(VENV)/package ## train the model that ships once more, into .target/embedded (hours)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target .target/packages \

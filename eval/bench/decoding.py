@@ -1,0 +1,319 @@
+"""How fast one user is answered: the native engine beside transformers, with a draft and without, chains and trees.
+
+    make demo && python -m eagle3.eval.bench.decoding
+
+A run's head answers its test prompts greedily. In every round each prompt is answered by all sides, one right after the
+other; speeds are TPS/user (tokens after the first / time after the first), and a ratio is the median over the rounds.
+Last, the rounds of a side are timed from inside: the target's verify, the draft's own forwards, and all else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ...configs.entry import finish
+from ...configs.errors import UserError
+from ...configs.loader import load
+from ...configs.settings import Settings
+from ...data.bench.sides import LEAST, check_rounds, result, write
+from ...data.chat import prompt_ids
+from ...data.choice import deal
+from ...data.conversations import read_conversations
+from ...models.checkpoint import CONFIG, load_draft
+from ...models.native.draft import NativeDraft
+from ...models.native.loading import load_native
+from ...models.native.target import NativeTarget
+from ...models.target import DTYPES, Target, load_target, located, reader
+from ..drafters import ChainDrafter, Head, TreeDrafter
+from ..speculate import Drafter, Limits, NativeVerifier, Sampling, TargetVerifier, Verifier, decode
+from ..trees import TreeShape
+from .former import PlainHead
+
+GENERATE = "transformers' generate"
+FORMER_PLAIN, FORMER = "transformers' model", "transformers' model, chain"
+PLAIN, CHAIN = "native", "native, chain"
+#: What is compared with what, and the least that the ratio is to be.
+LIMITS = ((PLAIN, GENERATE, 1.5), (CHAIN, FORMER, 1.5), (CHAIN, PLAIN, 2.0))
+OTHER_LIMIT = 0.15  # most of a round that is neither the target's verify nor the draft's forwards
+
+
+class Answered(NamedTuple):
+    """One answer: seconds after its first token, and the rounds it took with the tokens they accepted."""
+
+    ids: list[int]
+    seconds: float
+    accepted: list[int]
+    drafted: list[int]
+
+
+Side = Callable[[list[int]], Answered]
+
+
+class Subject(NamedTuple):
+    """A run's target twice, its head, its test prompts, and where answers end."""
+
+    settings: Settings
+    model: Any
+    former: Target
+    native: NativeTarget
+    prompts: list[list[int]]
+    limits: Limits
+    capacity: int
+    heads: Callable[[int], Head]
+    plain_head: Head
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure; print a table, and write it where it is asked for."""
+    parser = argparse.ArgumentParser(prog="decoding", description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="a trained run; default %(default)s")
+    parser.add_argument("--prompts", type=int, default=8, help="test prompts that are answered; default %(default)s")
+    parser.add_argument("--longer", type=int, default=7, help="a second chain's tokens; default %(default)s")
+    parser.add_argument("--tree", type=int, nargs=3, default=(60, 7, 10), metavar=("TOTAL", "DEPTH", "TOP_K"))
+    parser.add_argument("--rounds", type=int, default=LEAST, help=f"at least {LEAST}; default %(default)s")
+    parser.add_argument("--hardware", default="", help="the machine's name, for the results file")
+    parser.add_argument("--commit", default="", help="the commit that is measured, for the results file")
+    parser.add_argument("--out", type=Path, help="where to write the results")
+    asked = parser.parse_args(arguments)
+    check_rounds(asked.rounds)
+    subject = read_subject(
+        asked.run, asked.prompts, max(asked.longer, 1 + asked.tree[0], asked.tree[1] * asked.tree[2])
+    )
+    results = measure(subject, asked.longer, TreeShape(*asked.tree), asked)
+    if asked.out:
+        write(asked.out, results)
+
+
+def read_subject(run: Path, count: int, proposal: int) -> Subject:
+    """What is measured of a run; ``proposal`` is the room that the largest one takes.
+
+    Raises:
+        UserError: it has no head.
+    """
+    if not (run / "draft" / CONFIG).is_file():
+        raise UserError("--run", run, "it has no head", "give a trained run, such as that of `make demo`")
+    settings = load(run / "config.yaml", [])
+    target = dataclasses.replace(settings.target, dtype=settings.eval.dtype)
+    former = load_target(target)
+    chosen = [c for c in read_conversations(run / "conversations" / "prompts.jsonl") if c.split == "test"]
+    prompts = [prompt_ids(former.tokenizer, conversation) for conversation in itertools.islice(deal(chosen), count)]
+    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + proposal
+    native = load_native(target, capacity)
+    draft = load_draft(run / "draft").to(native.device, native.dtype).eval()
+    path, where = located(target)
+    config = AutoConfig.from_pretrained(path, **where)
+    model = reader(config).from_pretrained(path, config=config, dtype=DTYPES[target.dtype], **where).eval()
+    return Subject(
+        settings,
+        model.to(native.device),
+        former,
+        native,
+        prompts,
+        Limits(settings.eval.max_new_tokens, former.info.eos_ids),
+        capacity,
+        lambda drafted: NativeDraft(draft, native.head.embedding, capacity, drafted),
+        PlainHead(draft, native.head.embedding, capacity),
+    )
+
+
+class _Clock(BaseStreamer):
+    """When ``generate`` came to its first token; what it is given first is the prompt."""
+
+    def __init__(self) -> None:
+        self.times = list[float]()
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        self.times.append(time.perf_counter())
+
+
+def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]:
+    """All that answers."""
+    chain = subject.settings.eval.chain
+    former = TargetVerifier(subject.former, subject.capacity)
+    native = NativeVerifier(subject.native, subject.capacity)
+
+    def generated(prompt: list[int]) -> Answered:
+        clock = _Clock()
+        ids = torch.tensor([prompt], device=subject.native.device)
+        said = subject.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            do_sample=False,
+            max_new_tokens=subject.limits.max_new_tokens,
+            eos_token_id=list(subject.limits.end_ids),
+            pad_token_id=0,
+        )
+        return Answered(said[0, len(prompt) :].tolist(), clock.times[-1] - clock.times[1], [], [])
+
+    def decoded(verifier: Verifier, drafter: Drafter | None) -> Side:
+        def answer(prompt: list[int]) -> Answered:
+            found = decode(prompt, verifier, drafter, subject.limits, Sampling())
+            accepted, drafted = ([getattr(entry, name) for entry in found.rounds] for name in ("accepted", "drafted"))
+            return Answered(found.ids, found.total_s - found.ttft_s, accepted, drafted)
+
+        return answer
+
+    return {
+        GENERATE: generated,
+        FORMER_PLAIN: decoded(former, None),
+        FORMER: decoded(former, ChainDrafter(subject.plain_head, chain)),
+        PLAIN: decoded(native, None),
+        CHAIN: decoded(native, ChainDrafter(subject.heads(chain), chain)),
+        f"native, chain {longer}": decoded(native, ChainDrafter(subject.heads(longer), longer)),
+        f"native, tree {'/'.join(map(str, shape))}": decoded(
+            native, TreeDrafter(subject.heads(shape.depth * shape.top_k), shape)
+        ),
+    }
+
+
+def measure(subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace) -> list[dict[str, object]]:
+    """Print what there is to say, line by line; returns the lines of a results file."""
+    sides = sides_of(subject, longer, shape)
+    info, chain = subject.native.info, subject.settings.eval.chain
+    print(f"{info.name}, {info.dtype}, {subject.native.device}, {torch.get_num_threads()} threads", end="; ")
+    print(f"{len(subject.prompts)} test prompts of {asked.run}, T=0, batch 1; chain of {chain}", flush=True)
+    for side in sides.values():
+        side(subject.prompts[0])
+    rounds = [_round(subject, sides) for _ in range(asked.rounds)]
+    speeds = {name: [_speed(found[name]) for found in rounds] for name in sides}
+    answers, plain = rounds[0], rounds[0][PLAIN]
+    print(f"  {'':<28} {'TPS/user':>8} {'ms a round':>11} {'AL':>6} {'drafted':>8} {'accepted':>9}  as plain")
+    for name in sides:
+        print(f"  {name:<28} {statistics.median(speeds[name]):8.1f} {_described(answers[name], plain)}", flush=True)
+    shown = f"{info.name}, {info.dtype}, {len(subject.prompts)} prompts, chain {chain}, T=0, batch 1, {asked.run}"
+    results = list[dict[str, object]]()
+    for name, reference, limit in LIMITS:
+        ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[reference], strict=True)]
+        ratio = statistics.median(ratios)
+        print(f"  {name} is {ratio:.2f} times as fast as {reference} [wanted: {limit:g}]", flush=True)
+        value, beside = (round(statistics.median(speeds[each]), 1) for each in (name, reference))
+        notes = f"{name}; rounds: {[round(each, 3) for each in ratios]}"
+        results.append(result(asked, "decoding", shown, "TPS/user", value, (reference, beside), limit, notes, ratio))
+    results += _insides(subject, longer, shape, asked, shown)
+    return results
+
+
+def _round(subject: Subject, sides: dict[str, Side]) -> dict[str, list[Answered]]:
+    found: dict[str, list[Answered]] = {name: [] for name in sides}
+    for number, prompt in enumerate(subject.prompts):
+        names = list(sides)
+        start = number % len(names)  # so that no side is always the first behind another
+        for name in names[start:] + names[:start]:
+            found[name].append(sides[name](prompt))
+    return found
+
+
+def _speed(answers: Sequence[Answered]) -> float:
+    return sum(len(answer.ids) - 1 for answer in answers) / sum(answer.seconds for answer in answers)
+
+
+def _described(answers: Sequence[Answered], plain: Sequence[Answered]) -> str:
+    same = sum(ours.ids == theirs.ids for ours, theirs in zip(answers, plain, strict=True))
+    accepted = [count for answer in answers for count in answer.accepted]
+    drafted = [count for answer in answers for count in answer.drafted]
+    steps = len(accepted) or sum(len(answer.ids) - 1 for answer in answers)
+    spent = 1e3 * sum(answer.seconds for answer in answers) / steps
+    figures = f"{'-':>6} {'-':>8} {'-':>9}"
+    if accepted:
+        rate = sum(accepted) / sum(drafted)
+        figures = f"{1 + sum(accepted) / steps:6.2f} {sum(drafted) / steps:8.1f} {rate:9.0%}"
+    return f"{spent:11.2f} {figures}  {same} of {len(answers)}"
+
+
+class Timed:
+    """Anything, with the seconds of each call of its ``methods`` kept."""
+
+    def __init__(self, inner: Any, device: torch.device, *methods: str) -> None:
+        self._inner, self._device = inner, device
+        self.seconds: dict[str, list[float]] = {name: [] for name in methods}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in self.seconds:
+            return found
+
+        def timed(*arguments: Any) -> Any:
+            started = self._now()
+            returned = found(*arguments)
+            self.seconds[name].append(self._now() - started)
+            return returned
+
+        return timed
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Inside(NamedTuple):
+    """Seconds of rounds: of the target's verify, of the draft's forwards, of all, and how many there were."""
+
+    verify: float
+    draft: float
+    whole: float
+    rounds: int
+
+    @property
+    def other(self) -> float:
+        """The share that is neither."""
+        return 1 - (self.verify + self.draft) / self.whole
+
+
+def inside(subject: Subject, drafter_of: Callable[[Head], Drafter], drafted: int) -> Inside:
+    """Where the time of a side's rounds goes, over all prompts; to ask a GPU for the time makes it wait."""
+    device, found = subject.native.device, list[Inside]()
+    for prompt in subject.prompts:
+        target: Any = Timed(subject.native, device, "forward", "logits")
+        head: Any = Timed(subject.heads(drafted), device, "extend", "step", "logits")
+        verifier = NativeVerifier(target, subject.capacity)
+        answer = decode(prompt, verifier, drafter_of(head), subject.limits, Sampling())
+        verify = sum(sum(calls[1:]) for calls in target.seconds.values())  # the first ones ran over the prompt
+        draft = sum(map(sum, head.seconds.values()))
+        found.append(Inside(verify, draft, answer.total_s - answer.ttft_s, len(answer.rounds)))
+    return Inside(*(sum(each) for each in zip(*found, strict=True)))
+
+
+def _insides(
+    subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace, shown: str
+) -> list[dict[str, object]]:
+    chain, results = subject.settings.eval.chain, list[dict[str, object]]()
+    drafters: dict[str, tuple[Callable[[Head], Drafter], int]] = {
+        CHAIN: (lambda head: ChainDrafter(head, chain), chain),
+        f"native, chain {longer}": (lambda head: ChainDrafter(head, longer), longer),
+        "native, tree": (lambda head: TreeDrafter(head, shape), shape.depth * shape.top_k),
+    }
+    for name, (drafter_of, drafted) in drafters.items():
+        turns = [inside(subject, drafter_of, drafted) for _ in range(asked.rounds)]
+        other = statistics.median(turn.other for turn in turns)
+        verify, draft, whole = (
+            statistics.median(1e3 * part(turn) / turn.rounds for turn in turns)
+            for part in (lambda turn: turn.verify, lambda turn: turn.draft, lambda turn: turn.whole)
+        )
+        parts = f"verify {verify:.2f} ms, draft {draft:.2f} ms of {whole:.2f} ms"
+        print(f"  {name}: a round is {parts}; other {other:.1%} [at most {OTHER_LIMIT:.0%}]", flush=True)
+        reference = ("the whole round", round(whole, 3))
+        notes = f"{name}; neither verify nor draft; {parts}"
+        value = round(other * whole, 3)
+        results.append(result(asked, "round", shown, "ms", value, reference, OTHER_LIMIT, notes, other))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(finish(main))
