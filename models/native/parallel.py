@@ -111,7 +111,9 @@ def shard(config: DecoderConfig, share: Share) -> DecoderConfig:
     dealt |= {(layer.width, f"columns of an {'expert' if layer.experts else 'MLP'}") for layer in config.layers}
     if uneven := sorted(pair for pair in dealt if pair[0] % share.size):
         problem = f"it does not divide the target's {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
-        raise UserError(SETTING, share.size, problem, f"give a divisor of {gcd(*(count for count, _ in dealt))}")
+        common = gcd(*(count for count, _ in dealt))
+        remedy = f"give a divisor of {common}" if common > 1 else "leave it at 1"
+        raise UserError(SETTING, share.size, problem, remedy)
     return replace(
         config,
         num_heads=config.num_heads // share.size,
