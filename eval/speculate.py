@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..models.native.target import NativeTarget
 from ..models.target import Target
+from .agreement import agreed, decided
 from .sampling import Proposal, judge_greedy, judge_sampled
 from .traces import Round
 from .trees import Tree, judge_tree, judge_tree_sampled
@@ -177,6 +178,8 @@ class TargetVerifier:
 class NativeVerifier:
     """The native target, which judges chains and trees; it keeps its cache from request to request.
 
+    Where several processes hold the target together, each has a verifier and a drafter, and all of them say the same.
+
     Args:
         target: the model.
         capacity: positions of the longest request: prompt, answer, and one proposal more.
@@ -185,29 +188,38 @@ class NativeVerifier:
     def __init__(self, target: NativeTarget, capacity: int) -> None:
         self._target, self._cache = target, target.new_cache(capacity)
         self._sampling, self._random = Sampling(), torch.Generator()
-        self._last = 0
+        self._last, self._nothing = 0, Proposal(torch.empty(0, dtype=torch.long, device=target.device))
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
         """See :class:`Verifier`."""
         self._cache.rollback(0)
         self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
         output = self._target.forward(torch.tensor(prompt), self._cache)
-        self._last = self._judge(self._target.logits(output.last_hidden[-1:]), _NOTHING)[1]
+        self._last = self._decide(self._target.logits(output.last_hidden[-1:]), self._nothing)[1]
         return Verdict([*prompt[1:], self._last], output.features)
 
     def verify(self, proposal: Proposal | Tree | None) -> Verdict:
         """See :class:`Verifier`."""
-        drafted = _NOTHING if proposal is None else proposal
+        drafted = self._nothing if proposal is None else proposal
+        if proposal is not None and self._target.group is not None:
+            drafted = agreed(self._target.group, proposal)
         before, tree = self._cache.length, isinstance(drafted, Tree)
-        ids = torch.cat((torch.tensor([self._last]), drafted.tokens))
+        ids = torch.cat((torch.tensor([self._last], device=self._target.device), drafted.tokens))
         output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
-        rows, self._last = self._judge(self._target.logits(output.last_hidden), drafted)
+        rows, self._last = self._decide(self._target.logits(output.last_hidden), drafted)
         if tree:
             self._cache.keep(torch.tensor([0, *rows]))
         else:
             self._cache.rollback(before + 1 + len(rows))
         accepted = drafted.tokens[[row - 1 for row in rows]].tolist()
         return Verdict([*accepted, self._last], output.features[[0, *rows]])
+
+    def _decide(self, logits: Tensor, proposal: Proposal | Tree) -> tuple[list[int], int]:
+        """As :meth:`_judge`; of several processes what the first finds."""
+        group = self._target.group
+        if group is None:
+            return self._judge(logits, proposal)
+        return decided(group, len(proposal.tokens), lambda: self._judge(logits, proposal))
 
     def _judge(self, logits: Tensor, proposal: Proposal | Tree) -> tuple[list[int], int]:
         """The rows that stand, row 0 being the last token before the proposal, and the target's own token."""
@@ -227,6 +239,3 @@ class NativeVerifier:
             else judge_greedy(logits, proposal.tokens)
         )
         return list(range(1, judged.accepted + 1)), judged.token
-
-
-_NOTHING = Proposal(torch.empty(0, dtype=torch.long))

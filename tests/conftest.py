@@ -6,10 +6,13 @@ The model has 8 layers, every second one a mixture of 4 experts, and chunks of 1
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,12 +28,17 @@ from eagle3.configs.settings import (
 from eagle3.data.prepare import prepare
 from eagle3.data.record import record
 from eagle3.data.regenerate import regenerate
+from eagle3.models.native.parallel import join
 from eagle3.models.target import Target, load_target
 from eagle3.train.embedded.corpus import train_tokenizer
+from torch.distributed import TCPStore
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 CHUNK = 16
 COUNTS = {"train": 16, "validation": 4, "test": 4}
+MEMBERS = 2
+
+fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -128,3 +136,28 @@ def finished(recipe: Settings, tiny_target: Target, tmp_path_factory: pytest.Tem
 def run_dir(finished: Path, tmp_path: Path) -> Path:
     """A copy of the complete run, to damage or to go on with."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _member(rank: int, port: int, out: Path, task: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(MEMBERS)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    torch.cuda.is_available = lambda: False  # a fork cannot use what its parent may have begun to
+    torch.save(task(join(MEMBERS), *given), out / f"{rank}.pt")
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """``together(task, *given)``: what ``task(group, *given)`` returns in each of two processes that are a group."""
+
+    def run(task: Callable[..., Any], *given: Any) -> list[Any]:
+        out, store = tmp_path_factory.mktemp("together"), TCPStore("127.0.0.1", 0, is_master=True)  # a launcher's
+        processes = [fork.Process(target=_member, args=(rank, store.port, out, task, given)) for rank in range(MEMBERS)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(100)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * MEMBERS
+        return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(MEMBERS)]
+
+    return run

@@ -20,6 +20,7 @@ module           what it knows
 ``operations``   the arithmetic, in plain torch; faster kernels are chosen by overriding it
 ``experts``      tokens through the expert that each was routed to
 ``decoder``      the layers, one after the other
+``parallel``     the decoder dealt to several processes, and what these exchange
 ``target``       the whole: what a recorder and a verifier call
 ``draft``        the EAGLE-3 head, in the same arithmetic
 ===============  ==================================================================================

@@ -6,6 +6,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Share(NamedTuple):
+    """The part of every layer that one of ``size`` processes computes, the one of this ``rank``; by default all of it."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, count: int) -> slice:
+        """Which of ``count`` things, dealt evenly and in order, are in this share."""
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,7 @@ class DecoderConfig:
 
     ``qk_norm``: rotated queries and keys are divided by their root mean square, in layers that rotate. ``top_k``:
     experts that a token visits; each takes the token scaled by the sigmoid of its router logit. ``tied``: the LM head is
-    the embedding.
+    the embedding. ``share``: heads and the layers' widths are those of this share; all else is the whole decoder's.
     """
 
     vocab_size: int
@@ -66,6 +82,7 @@ class DecoderConfig:
     qk_norm: bool = False
     top_k: int = 1
     tied: bool = False
+    share: Share = WHOLE
 
     @property
     def query_width(self) -> int:

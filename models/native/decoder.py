@@ -11,6 +11,7 @@ from torch import Tensor
 from .cache import Cache
 from .config import DecoderConfig
 from .operations import Operations
+from .parallel import Group
 from .sights import Step
 from .weights import DecoderWeights, Dense
 
@@ -23,27 +24,38 @@ class Decoder:
         weights: with what.
         operations: by which arithmetic.
         captured: layers whose outputs are given out, ascending.
+        group: the processes that have the other shares; None: there are none.
     """
 
     def __init__(
-        self, config: DecoderConfig, weights: DecoderWeights, operations: Operations, captured: tuple[int, ...]
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights,
+        operations: Operations,
+        captured: tuple[int, ...],
+        group: Group | None = None,
     ) -> None:
-        self.config, self.weights, self.operations = config, weights, operations
+        self.config, self.weights, self.operations, self.group = config, weights, operations, group
         self._captured = frozenset(captured)
         self._layers = list(zip(config.layers, weights.layers, strict=True))
 
     def forward(self, ids_T: Tensor, step: Step, cache: Cache | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The states after the final norm, ``[T, H]``, and the outputs of the captured layers, ``[T, H]`` each."""
-        operations, captured = self.operations, []
+        operations, group, captured = self.operations, self.group, []
         x_TH = F.embedding(ids_T, self.weights.embedding)
         rotation = operations.rotation(step)
         for index, (layer, weights) in enumerate(self._layers):
             qkv = operations.linear(operations.norm(x_TH, weights.input_norm), weights.qkv)
             attended = operations.attend(qkv, layer, rotation, step, index, cache)
-            x_TH = x_TH + operations.linear(attended, weights.out)
+            more_TH = operations.linear(attended, weights.out)
+            if group is not None:
+                group.sum_(more_TH)
+            x_TH = x_TH + more_TH
             normed_TH = operations.norm(x_TH, weights.mlp_norm)
             mlp = weights.mlp
             more_TH = operations.mlp(normed_TH, mlp) if isinstance(mlp, Dense) else operations.experts(normed_TH, mlp)
+            if group is not None:
+                group.sum_(more_TH)
             x_TH = x_TH + more_TH
             if index in self._captured:
                 captured.append(x_TH)

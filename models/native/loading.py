@@ -27,27 +27,35 @@ from .decoder import Decoder
 from .families import SETTING, family_of
 from .memory import check_memory
 from .operations import Operations
+from .parallel import Group, shard
 from .target import NativeTarget
 from .weights import Place, allocate, places
 
 
-def load_native(settings: TargetSettings, capacity: int, device: torch.device | None = None) -> NativeTarget:
+def load_native(
+    settings: TargetSettings, capacity: int, device: torch.device | None = None, group: Group | None = None
+) -> NativeTarget:
     """Load the target in a folder, of a hub name, or the model that ships ("embedded").
 
     Args:
         settings: which, in which numerics, and which layers it captures.
         capacity: tokens of all the caches that it will be asked for; 0 for recording.
-        device: where it runs; default the first GPU, or the CPU where there is none.
+        device: where it runs; default the group's, else the first GPU, or the CPU where there is none.
+        group: the processes that hold it together, all of which call this; each reads its share alone.
 
     Raises:
         UserError: no such folder, a hub that cannot be reached, a family that is not computed here, files that are not
-            all there or do not belong together, a layer that the target does not have, or too little memory.
+            all there or do not belong together, a layer that the target does not have, too little memory, or a group to
+            which it cannot be dealt evenly.
     """
     if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        alone = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = alone if group is None else group.device
     with opened(settings) as (path, where):
         whole = AutoConfig.from_pretrained(path, **where)
         family, config = family_of(whole, settings.path)
+        if group is not None:
+            config = shard(config, group.share)
         dtype = DTYPES[settings.dtype]
         fields = configured(whole.get_text_config(), settings)  # which refuses layers that it has not
         check_memory(settings.path, config, capacity, device, dtype)
@@ -55,14 +63,14 @@ def load_native(settings: TargetSettings, capacity: int, device: torch.device | 
         info = TargetInfo(
             **fields,
             revision=whole.to_dict().get("_commit_hash") or settings.revision,
-            weights_sha256=weights_sha256(path, where),
+            weights_sha256=_weights_sha256(path, where, group),
             vocab_size=config.vocab_size,
             eos_ids=_end_ids(settings, whole, tokenizer),
             dtype=settings.dtype,
         )
         weights = allocate(config, device, dtype)
         fill(places(weights, config, family), settings, device)
-    decoder = Decoder(config, weights, Operations(config, device), info.layers)
+    decoder = Decoder(config, weights, Operations(config, device), info.layers, group)
     return NativeTarget(decoder, info, tokenizer)
 
 
@@ -96,11 +104,18 @@ def _fill_one(place: Place, part: Any, stored: str, settings: TargetSettings) ->
     if found != place.shape:
         problem = f"its {stored} is {found} and not {place.shape}"
         raise UserError(SETTING, settings.path, problem, "take files that belong together")
-    if len(found) < 3:
-        place.view.copy_(part[:].view(place.view.shape))
-        return
-    for index, expert in enumerate(place.view):
-        expert.copy_(part[index])
+    for view, (first, *others) in place.parts:
+        if len(found) < 3:
+            view.copy_(part[(first, *others)].view(view.shape))
+            continue
+        for index, expert in enumerate(view):
+            expert.copy_(part[(index, *others)])
+
+
+def _weights_sha256(path: str, where: dict[str, Any], group: Group | None) -> str:
+    """Of a group one reads all files to know it, and tells the others."""
+    checksum = weights_sha256(path, where) if group is None or group.rank == 0 else ""
+    return checksum if group is None else group.from_first(checksum)
 
 
 def _end_ids(settings: TargetSettings, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ MEMINFO = Path("/proc/meminfo")
 
 
 def needed_bytes(config: DecoderConfig, capacity: int, dtype: torch.dtype) -> tuple[int, int]:
-    """What the weights take, and what a cache of ``capacity`` tokens takes."""
+    """What the weights take, and what a cache of ``capacity`` tokens takes, in the process that has this share."""
     weights = total_bytes(allocate(config, torch.device("meta"), dtype))
     return weights, cache_bytes(config, capacity, dtype.itemsize)
 
@@ -52,8 +52,9 @@ def check_memory(name: str, config: DecoderConfig, capacity: int, device: torch.
     weights, cache = needed_bytes(config, capacity, dtype)
     free = free_bytes(device)
     if weights + cache > free:
+        where = f"on each of {config.share.size} processes " if config.share.size > 1 else ""
         problem = (
-            f"its weights take {weights / GB:,.1f} GB and a cache of {capacity:,} tokens {cache / GB:,.1f} GB, "
+            f"{where}its weights take {weights / GB:,.1f} GB and a cache of {capacity:,} tokens {cache / GB:,.1f} GB, "
             f"and {free / GB:,.1f} GB of {device} are free"
         )
         remedy = "take a device with more memory, shorter answers, or target.dtype=bfloat16"

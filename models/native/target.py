@@ -30,6 +30,9 @@ from .sights import branching, following, packed
 class NativeTarget:
     """A decoder with its tokenizer, frozen.
 
+    Where several processes hold it together, all of them call its methods with the same arguments, and all get everything
+    that one alone would, but for the values of ``head.lm_head``, which are there only if it is the embedding.
+
     Args:
         decoder: it captures the layers that ``info`` names.
         info: what the target is.
@@ -39,7 +42,13 @@ class NativeTarget:
     def __init__(self, decoder: Decoder, info: TargetInfo, tokenizer: PreTrainedTokenizerBase) -> None:
         self.decoder, self.info, self.tokenizer = decoder, info, tokenizer
         weights, config = decoder.weights, decoder.config
-        self.head = TargetHead(weights.embedding, weights.norm, config.rms_norm_eps, weights.lm_head)
+        self.group, lm_head = decoder.group, weights.lm_head
+        self._lm_head = lm_head[config.share.of(config.vocab_size)] if config.tied else lm_head
+        if config.share.size > 1 and not config.tied:
+            # Nobody has all of it, and who needs its values (to store or to copy them) shall not take a part for the
+            # whole: this has the shape, and raises where it is read.
+            lm_head = torch.empty_like(weights.embedding, device="meta")
+        self.head = TargetHead(weights.embedding, weights.norm, config.rms_norm_eps, lm_head)
         self.text = TargetText(tokenizer, info.eos_ids, info.max_positions)
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self._chunks = config.chunks
@@ -75,11 +84,12 @@ class NativeTarget:
         Returns:
             ``last_hidden`` ``[T, H]`` and ``features`` ``[T, F, H]``.
         """
-        return TargetOutput(*self.decoder.forward(ids.to(self.device), packed(lengths, self._chunks, ids.device)))
+        return TargetOutput(*self.decoder.forward(ids.to(self.device), packed(lengths, self._chunks, self.device)))
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """``[..., H]`` after the final norm to ``[..., V]``."""
-        return F.linear(last_hidden, self.head.lm_head)
+        logits = F.linear(last_hidden, self._lm_head)
+        return logits if self.group is None else self.group.gather(logits)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of at most ``capacity`` tokens; its memory is taken now."""

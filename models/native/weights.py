@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import DecoderConfig, LayerConfig
+from .config import DecoderConfig, LayerConfig, Share
 from .families import Family
 
 
@@ -48,7 +48,10 @@ class LayerWeights(NamedTuple):
 
 
 class DecoderWeights(NamedTuple):
-    """``embedding`` and ``lm_head`` ``[V, H]``, which may be one tensor, and ``norm`` ``[H]``."""
+    """``embedding`` ``[V, H]``, ``lm_head`` ``[V, H]`` and ``norm`` ``[H]``.
+
+    The LM head may be the embedding; where it is not, and this is a share, it has the rows of that share.
+    """
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
@@ -56,11 +59,18 @@ class DecoderWeights(NamedTuple):
     lm_head: Tensor
 
 
-class Place(NamedTuple):
-    """Where a stored tensor of ``shape`` goes: into ``view``, of as many elements in the same order."""
+class Part(NamedTuple):
+    """What of a stored tensor goes into ``view``: its ``cut``, a slice of each dimension, in the same order."""
 
     view: Tensor
+    cut: tuple[slice, ...]
+
+
+class Place(NamedTuple):
+    """Where a stored tensor of ``shape`` goes, as far as it is wanted; of those of three dimensions all of the first is."""
+
     shape: tuple[int, ...]
+    parts: tuple[Part, ...]
 
 
 def allocate(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
@@ -90,16 +100,15 @@ def allocate(config: DecoderConfig, device: torch.device, dtype: torch.dtype) ->
 
     embedding = empty(config.vocab_size, hidden)
     layers = tuple(decoder_layer(layer) for layer in config.layers)
-    lm_head = embedding if config.tied else empty(config.vocab_size, hidden)
+    lm_head = embedding if config.tied else empty(config.vocab_size // config.share.size, hidden)
     return DecoderWeights(embedding, layers, empty(hidden), lm_head)
 
 
 def places(weights: DecoderWeights, config: DecoderConfig, family: Family) -> dict[str, Place]:
     """Where everything goes, by the names of a text-only checkpoint."""
-    found = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
+    named = {"model.embed_tokens.weight": _whole(weights.embedding), "model.norm.weight": _whole(weights.norm)}
     if weights.lm_head is not weights.embedding:
-        found["lm_head.weight"] = weights.lm_head
-    named = {name: Place(tensor, tuple(tensor.shape)) for name, tensor in found.items()}
+        named["lm_head.weight"] = _dealt(weights.lm_head, 0, config.share)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
         named |= {f"{prefix}.{name}": place for name, place in _layer_places(layer, config, family)}
@@ -107,39 +116,63 @@ def places(weights: DecoderWeights, config: DecoderConfig, family: Family) -> di
 
 
 def _layer_places(layer: LayerWeights, config: DecoderConfig, family: Family) -> Iterator[tuple[str, Place]]:
-    yield "input_layernorm.weight", _as_it_is(layer.input_norm)
-    yield "post_attention_layernorm.weight", _as_it_is(layer.mlp_norm)
-    yield "self_attn.o_proj.weight", _as_it_is(layer.out.t())
+    share = config.share
+    yield "input_layernorm.weight", _whole(layer.input_norm)
+    yield "post_attention_layernorm.weight", _whole(layer.mlp_norm)
+    yield "self_attn.o_proj.weight", _dealt(layer.out.t(), 1, share)
     stored = config.stored_width // 2
     query, key, value = layer.qkv.t().split([config.query_width, stored, stored])
     yield "self_attn.q_proj.weight", _rotating(query, config, family)
     yield "self_attn.k_proj.weight", _rotating(key, config, family)
-    yield "self_attn.v_proj.weight", _as_it_is(value)
+    yield "self_attn.v_proj.weight", _dealt(value, 0, share)
     mlp = layer.mlp
     if isinstance(mlp, Dense):
-        yield from _dense_places(mlp, family.mlp)
+        yield from _dense_places(mlp, family.mlp, share)
         return
-    yield f"{family.mlp}.router.weight", _as_it_is(mlp.router.t())
-    yield f"{family.mlp}.experts.gate_up_proj", _as_it_is(mlp.gate_up)
-    yield f"{family.mlp}.experts.down_proj", _as_it_is(mlp.down)
-    yield from _dense_places(mlp.shared, f"{family.mlp}.shared_expert")
+    yield f"{family.mlp}.router.weight", _whole(mlp.router.t())
+    yield f"{family.mlp}.experts.gate_up_proj", _dealt_halves(mlp.gate_up, share)
+    yield f"{family.mlp}.experts.down_proj", _dealt(mlp.down, 1, share)
+    yield from _dense_places(mlp.shared, f"{family.mlp}.shared_expert", share)
 
 
-def _dense_places(mlp: Dense, name: str) -> Iterator[tuple[str, Place]]:
+def _dense_places(mlp: Dense, name: str, share: Share) -> Iterator[tuple[str, Place]]:
     gate, up = mlp.gate_up.t().chunk(2)
-    for part, tensor in (("gate", gate), ("up", up), ("down", mlp.down.t())):
-        yield f"{name}.{part}_proj.weight", _as_it_is(tensor)
+    yield f"{name}.gate_proj.weight", _dealt(gate, 0, share)
+    yield f"{name}.up_proj.weight", _dealt(up, 0, share)
+    yield f"{name}.down_proj.weight", _dealt(mlp.down.t(), 1, share)
 
 
-def _as_it_is(tensor: Tensor) -> Place:
-    return Place(tensor, tuple(tensor.shape))
+def _whole(tensor: Tensor) -> Place:
+    return Place(tuple(tensor.shape), (Part(tensor, (slice(None),) * tensor.ndim),))
+
+
+def _dealt(tensor: Tensor, dim: int, share: Share) -> Place:
+    """Of what is stored ``tensor`` is one share along ``dim``."""
+    shape, cut = list(tensor.shape), [slice(None)] * tensor.ndim
+    shape[dim] *= share.size
+    cut[dim] = share.of(shape[dim])
+    return Place(tuple(shape), (Part(tensor, tuple(cut)),))
+
+
+def _dealt_halves(tensor: Tensor, share: Share) -> Place:
+    """The last dimension holds gate and up, of each of which ``tensor`` has one share."""
+    if share.size == 1:
+        return _whole(tensor)  # in one piece
+    *others, inner = tensor.shape
+    half = inner // 2 * share.size
+    own, before = share.of(half), (slice(None),) * len(others)
+    gate, up = tensor.chunk(2, -1)
+    cuts = (*before, own), (*before, slice(half + own.start, half + own.stop))
+    return Place((*others, 2 * half), (Part(gate, cuts[0]), Part(up, cuts[1])))
 
 
 def _rotating(tensor: Tensor, config: DecoderConfig, family: Family) -> Place:
     """Row i of a head's first half belongs beside row i of its second."""
+    place = _dealt(tensor, 0, config.share)
     if not family.halves:
-        return _as_it_is(tensor)
-    return Place(tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2), tuple(tensor.shape))
+        return place
+    view = tensor.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2)
+    return Place(place.shape, (Part(view, place.parts[0].cut),))
 
 
 def total_bytes(weights: DecoderWeights) -> int:

@@ -1,0 +1,41 @@
+"""Processes that hold a target together go the same way: that of rank 0.
+
+    proposal = agreed(group, proposal)                                   # the tokens that rank 0 drafted
+    rows, token = decided(group, len(proposal.tokens), judge)            # what rank 0 judges of them
+
+Each process drafts, and each has all logits. They should be the same, but a float that differs in its last bit between two
+cards would turn a tie, or a draw, another way; from there on the processes would run the target over different tokens, and
+what they add up would belong to nobody's text. So of everything that chooses a token rank 0's is taken: two broadcasts of
+a few integers each round, and what is drawn at random is drawn by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..models.native.parallel import Group
+from .sampling import Proposal
+from .trees import Tree
+
+
+def agreed(group: Group, proposal: Proposal | Tree) -> Proposal | Tree:
+    """Rank 0's proposal, of which every process has one of the same size.
+
+    The probabilities that its tokens were drawn with stay each process's own: who judges is rank 0.
+    """
+    if isinstance(proposal, Tree):
+        tokens, parents = group.first_(torch.stack((proposal.tokens, proposal.parents)))
+        return proposal._replace(tokens=tokens, parents=parents)
+    return proposal._replace(tokens=group.first_(proposal.tokens.clone()))
+
+
+def decided(group: Group, most: int, judge: Callable[[], tuple[list[int], int]]) -> tuple[list[int], int]:
+    """What ``judge`` says in rank 0, where alone it is asked: at most so many rows, and a token."""
+    said = torch.zeros(most + 2, dtype=torch.long)
+    if group.rank == 0:
+        rows, token = judge()
+        said[: len(rows) + 2] = torch.tensor([token, len(rows), *rows])
+    token, count, *rows = group.first_(said.to(group.device)).tolist()
+    return rows[:count], token

@@ -1,0 +1,123 @@
+"""One target held by several processes, each with its share of every layer: all that is known here of torch.distributed.
+
+    torchrun --nproc-per-node 8 ...                              # every process runs the same lines
+    group = join(8)                                              # 1: None, and nothing of this is used
+    target = load_native(TargetSettings(), capacity=700, group=group)
+    verifier = NativeVerifier(target, capacity=700)              # of eval.speculate
+
+Queries, keys and values are dealt by heads, gate and up by columns, and what follows them by the rows that take these in,
+so that each process goes from whole states to a summand of whole states (Megatron-LM, arXiv 1909.08053). Each has a part of
+every expert: whichever a token is routed to, all work alike. So a layer has two sums over processes, behind attention and
+behind the MLP or the experts. The LM head is dealt by tokens, and logits are put together. Embedding, norms and routers are
+whole everywhere.
+
+A sum gives all processes the same bits, since each part of it is added up in one place; so all route a token alike.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from math import gcd
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ...configs.errors import UserError
+from ..parallel import PATIENCE
+from .config import DecoderConfig, Share
+
+SETTING = "eval.tensor_parallel"
+#: torch 2.13 gave it another name.
+_all_gather = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
+
+Value = TypeVar("Value")
+
+
+class Group:
+    """The processes that hold a target together, as each of them sees it. All of them call the same methods in turn.
+
+    Args:
+        device: of the tensors that they exchange.
+        processes: an initialised process group that can exchange them; None: the default one.
+    """
+
+    def __init__(self, device: torch.device, processes: distributed.ProcessGroup | None = None) -> None:
+        self.device, self._processes = device, processes
+        self.rank, self.size = distributed.get_rank(processes), distributed.get_world_size(processes)
+
+    @property
+    def share(self) -> Share:
+        """The share of a target that this process computes."""
+        return Share(self.rank, self.size)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum of everyone's ``x``, in its place."""
+        distributed.all_reduce(x, group=self._processes)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Everyone's ``x`` ``[..., X]`` along the last dimension, by rank: ``[..., size * X]``."""
+        rows = x.reshape(-1, x.shape[-1])
+        parts = rows.new_empty(self.size * len(rows), x.shape[-1])
+        _all_gather(parts, rows, group=self._processes)
+        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
+
+    def first_(self, x: Tensor) -> Tensor:
+        """What rank 0 has in ``x``, in its place."""
+        distributed.broadcast(x, group=self._processes, group_src=0)
+        return x
+
+    def from_first(self, value: Value) -> Value:
+        """What rank 0 has for ``value``, of any kind; the others' is ignored."""
+        held = [value]
+        distributed.broadcast_object_list(held, group=self._processes, device=self.device, group_src=0)
+        return held[0]
+
+
+def join(size: int) -> Group | None:
+    """Meet the other processes that a launcher such as torchrun has started; the group of ``size`` 1 is None.
+
+    Where there are GPUs, each process has that of its ``LOCAL_RANK``. A default process group that stands is used.
+
+    Raises:
+        UserError: the launcher did not start so many, or more than there are GPUs for.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != size:
+        remedy = f"start {size}, as with torchrun --nproc-per-node {size}, or set it to {started}"
+        raise UserError(SETTING, size, f"there are {started} processes", remedy)
+    if size == 1:
+        return None
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise UserError(SETTING, size, f"there are {count} GPUs here", "start as many processes on each node")
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return Group(device)
+
+
+def shard(config: DecoderConfig, share: Share) -> DecoderConfig:
+    """What one process computes of the decoder ``config``, which is whole.
+
+    Raises:
+        UserError: the decoder cannot be dealt evenly to so many.
+    """
+    dealt = {(config.num_heads, "query heads"), (config.num_kv_heads, "key/value heads"), (config.vocab_size, "tokens")}
+    dealt |= {(layer.width, f"columns of an {'expert' if layer.experts else 'MLP'}") for layer in config.layers}
+    if uneven := sorted(pair for pair in dealt if pair[0] % share.size):
+        problem = f"it does not divide the target's {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
+        common = gcd(*(count for count, _ in dealt))
+        remedy = f"give a divisor of {common}" if common > 1 else "leave it at 1"
+        raise UserError(SETTING, share.size, problem, remedy)
+    return replace(
+        config,
+        num_heads=config.num_heads // share.size,
+        num_kv_heads=config.num_kv_heads // share.size,
+        layers=tuple(replace(layer, width=layer.width // share.size) for layer in config.layers),
+        share=share,
+    )
