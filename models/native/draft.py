@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..draft import DraftConfig, Eagle3Draft, rotation_table
 from .cache import Cache
-from .config import DecoderConfig, LayerConfig
+from .config import WHOLE, DecoderConfig, LayerConfig, Share
 from .operations import Operations, Rotation
+from .parallel import Group, shard
 from .sights import Step, Window, following
 from .weights import Dense
 
@@ -32,7 +33,7 @@ FULL = 0  # the chunk of a layer that sees everything
 
 
 class DraftWeights(NamedTuple):
-    """Matrices are ``[in, out]``. ``fc_norms``: one per captured layer, or none."""
+    """A share of them; matrices are ``[in, out]``. ``fc_norms``: one per captured layer, or none."""
 
     fc: Tensor
     fc_norms: tuple[Tensor, ...]
@@ -54,15 +55,22 @@ class NativeDraft:
         embedding: the target's, ``[V, H]``; the head takes its numerics and its device.
         capacity: tokens of the longest request.
         drafted: rows of a proposal.
+        group: the processes that hold it together, each its share of heads, columns and draft tokens; None: it is whole.
+
+    Raises:
+        UserError: it cannot be dealt evenly to so many.
     """
 
-    def __init__(self, draft: Eagle3Draft, embedding: Tensor, capacity: int, drafted: int) -> None:
-        self._shape, self._embedding = draft.config, embedding
+    def __init__(
+        self, draft: Eagle3Draft, embedding: Tensor, capacity: int, drafted: int, group: Group | None = None
+    ) -> None:
+        self._shape, self._embedding, self._group = draft.config, embedding, group
+        share = WHOLE if group is None else group.share
         self.device, self.vocab_size = embedding.device, len(embedding)
         #: Target ids ``[D]`` of the draft vocabulary.
         self.vocabulary = draft.draft_ids.to(self.device)
-        self._weights = gathered(draft, embedding)
-        config = decoder_config(draft.config)
+        config = shard(decoder_config(draft.config), share, "draft", [(draft.config.hidden_size, "columns of fc")])
+        self._weights = gathered(draft, embedding, share)
         self._layer = config.layers[0]
         self._operations = Operations(config, self.device)
         self._cache = Cache(config, capacity + drafted, embedding)
@@ -124,13 +132,21 @@ class NativeDraft:
 
     def logits(self, y: Tensor) -> Tensor:
         """``[k, H]`` to ``[k, D]``."""
-        return self._operations.linear(self._operations.norm(y, self._weights.norm), self._weights.lm_head)
+        return self._put_together(
+            self._operations.linear(self._operations.norm(y, self._weights.norm), self._weights.lm_head)
+        )
 
     def _combined(self, features: Tensor) -> Tensor:
         norms = self._weights.fc_norms
         if norms:
             features = torch.stack([self._operations.norm(features[:, at], norm) for at, norm in enumerate(norms)], 1)
-        return self._operations.linear(features.flatten(1), self._weights.fc)
+        return self._put_together(self._operations.linear(features.flatten(1), self._weights.fc))
+
+    def _put_together(self, part: Tensor) -> Tensor:
+        return part if self._group is None else self._group.gather(part)
+
+    def _summed(self, summand: Tensor) -> Tensor:
+        return summand if self._group is None else self._group.sum_(summand)
 
     def _layer_of(self, embedded_TH: Tensor, h_TH: Tensor, step: Step, pairs: Tensor) -> Tensor:
         """``y`` ``[T, H]`` of rows whose embeddings are normed already."""
@@ -139,8 +155,8 @@ class NativeDraft:
         qkv = operations.linear(torch.cat((embedded_TH, normed_TH), 1), weights.qkv)
         attended = operations.attend(qkv, self._layer, Rotation(pairs, None), step, 0, self._cache)
         residual_TH = normed_TH if self._shape.norm_before_residual else h_TH
-        y_TH = residual_TH + operations.linear(attended, weights.out)
-        return y_TH + operations.mlp(operations.norm(y_TH, weights.mlp_norm), weights.mlp)
+        y_TH = residual_TH + self._summed(operations.linear(attended, weights.out))
+        return y_TH + self._summed(operations.mlp(operations.norm(y_TH, weights.mlp_norm), weights.mlp))
 
 
 def decoder_config(config: DraftConfig) -> DecoderConfig:
@@ -157,30 +173,33 @@ def decoder_config(config: DraftConfig) -> DecoderConfig:
     )
 
 
-def gathered(draft: Eagle3Draft, like: Tensor) -> DraftWeights:
-    """The head's weights in the numerics and on the device of ``like``."""
+def gathered(draft: Eagle3Draft, like: Tensor, share: Share) -> DraftWeights:
+    """One share of the head's weights, in the numerics and on the device of ``like``."""
 
     def norm(module: nn.Module) -> Tensor:
         return module.get_parameter("weight").detach().to(like)
 
+    def part(weight: Tensor, dimension: int = 0) -> Tensor:
+        return weight.detach().chunk(share.size, dimension)[share.rank]
+
     def matrix(*parts: Tensor) -> Tensor:
-        merged = torch.cat([part.detach().to(like) for part in parts])
+        merged = torch.cat([part.to(like) for part in parts])
         return merged.t().contiguous() if like.device.type == "cpu" else merged.t()
 
     layer, width = draft.midlayer, draft.config.head_dim
     attention, mlp = layer.self_attn, layer.mlp
-    query, key = (_in_pairs(module.weight, width) for module in (attention.q_proj, attention.k_proj))
+    query, key = (_in_pairs(part(module.weight), width) for module in (attention.q_proj, attention.k_proj))
     return DraftWeights(
-        fc=matrix(draft.fc.weight),
+        fc=matrix(part(draft.fc.weight)),
         fc_norms=tuple(norm(module) for module in draft.fc_norm) if draft.config.fc_norm else (),
         embedding_norm=norm(layer.input_layernorm),
         hidden_norm=norm(layer.hidden_norm),
-        qkv=matrix(query, key, attention.v_proj.weight),
-        out=matrix(attention.o_proj.weight),
+        qkv=matrix(query, key, part(attention.v_proj.weight)),
+        out=matrix(part(attention.o_proj.weight, 1)),
         mlp_norm=norm(layer.post_attention_layernorm),
-        mlp=Dense(matrix(mlp.gate_proj.weight, mlp.up_proj.weight), matrix(mlp.down_proj.weight)),
+        mlp=Dense(matrix(part(mlp.gate_proj.weight), part(mlp.up_proj.weight)), matrix(part(mlp.down_proj.weight, 1))),
         norm=norm(draft.norm),
-        lm_head=matrix(draft.lm_head.weight),
+        lm_head=matrix(part(draft.lm_head.weight)),
     )
 
 

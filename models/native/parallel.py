@@ -4,12 +4,13 @@
     group = join(8)                                              # 1: None, and nothing of this is used
     target = load_native(TargetSettings(), capacity=700, group=group)
     verifier = NativeVerifier(target, capacity=700)              # of eval.speculate
+    head = NativeDraft(draft, target.head.embedding, capacity=700, drafted=5, group=group)
 
 Queries, keys and values are dealt by heads, gate and up by columns, and what follows them by the rows that take these in,
 so that each process goes from whole states to a summand of whole states (Megatron-LM, arXiv 1909.08053). Each has a part of
 every expert: whichever a token is routed to, all work alike. So a layer has two sums over processes, behind attention and
 behind the MLP or the experts. The LM head is dealt by tokens, and logits are put together. Embedding, norms and routers are
-whole everywhere.
+whole everywhere. The draft's one layer and its LM head are dealt alike, and its fc by columns, which are put together.
 
 A sum gives all processes the same bits, since each part of it is added up in one place; so all route a token alike.
 """
@@ -17,6 +18,7 @@ A sum gives all processes the same bits, since each part of it is added up in on
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from math import gcd
 from typing import TypeVar
@@ -101,16 +103,29 @@ def join(size: int) -> Group | None:
     return Group(device)
 
 
-def shard(config: DecoderConfig, share: Share) -> DecoderConfig:
+def shard(
+    config: DecoderConfig, share: Share, whose: str = "target", more: Collection[tuple[int, str]] = ()
+) -> DecoderConfig:
     """What one process computes of the decoder ``config``, which is whole.
+
+    Args:
+        config: the target's, or the draft's.
+        share: which.
+        whose: of the two, for the error.
+        more: that is dealt too: how many, and of what.
 
     Raises:
         UserError: the decoder cannot be dealt evenly to so many.
     """
-    dealt = {(config.num_heads, "query heads"), (config.num_kv_heads, "key/value heads"), (config.vocab_size, "tokens")}
+    dealt = {
+        *more,
+        (config.num_heads, "query heads"),
+        (config.num_kv_heads, "key/value heads"),
+        (config.vocab_size, "tokens"),
+    }
     dealt |= {(layer.width, f"columns of an {'expert' if layer.experts else 'MLP'}") for layer in config.layers}
     if uneven := sorted(pair for pair in dealt if pair[0] % share.size):
-        problem = f"it does not divide the target's {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
+        problem = f"it does not divide the {whose}'s {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
         common = gcd(*(count for count, _ in dealt))
         remedy = f"give a divisor of {common}" if common > 1 else "leave it at 1"
         raise UserError(SETTING, share.size, problem, remedy)

@@ -17,6 +17,7 @@ from eagle3.eval.sampling import Proposal
 from eagle3.eval.speculate import Decoded, Limits, NativeVerifier, Sampling, decode
 from eagle3.eval.trees import Tree, TreeShape
 from eagle3.models.draft import Eagle3Draft
+from eagle3.models.native.draft import NativeDraft
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.parallel import Group
 from eagle3.models.native.target import NativeTarget
@@ -45,12 +46,13 @@ def said(answer: Decoded) -> Said:
     return Said(answer.ids, answer.authors, [(entry.drafted, entry.accepted) for entry in answer.rounds])
 
 
-def answers(target: NativeTarget, draft: Eagle3Draft, way: str, temperature: float) -> list[Said]:
-    verifier, embedding = NativeVerifier(target, CAPACITY), target.head.embedding
-    drafters: dict[str, HeadDrafter] = {
-        "chain": ChainDrafter(draft, embedding, CHAIN, CAPACITY),
-        "tree": TreeDrafter(draft, embedding, SHAPE, CAPACITY),
-    }
+def answers(
+    target: NativeTarget, draft: Eagle3Draft, way: str, temperature: float, group: Group | None = None
+) -> list[Said]:
+    """With a head that is dealt to ``group``, or that each process has whole."""
+    verifier = NativeVerifier(target, CAPACITY)
+    head = NativeDraft(draft, target.head.embedding, CAPACITY, SHAPE.depth * SHAPE.top_k, group)
+    drafters: dict[str, HeadDrafter] = {"chain": ChainDrafter(head, CHAIN), "tree": TreeDrafter(head, SHAPE)}
     found = []
     for length in LENGTHS:
         prompt = torch.randint(256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
@@ -95,7 +97,7 @@ def _member(group: Group, folders: dict[str, Path], head: Drafts) -> dict[Any, A
     found: dict[Any, Any] = {}
     for name, folder in folders.items():
         target = load_native(TargetSettings(path=str(folder), layers=LAYERS), CAPACITY, group=group)
-        found |= {(name, *way): answers(target, head(), *way) for way in WAYS}
+        found |= {(name, *way): answers(target, head(), *way, group) for way in WAYS}
         found[name, "broadcasts"] = _broadcasts(target, head())
         _apart(target, group.rank)
         found |= {(name, *way, "apart"): answers(target, head(group.rank), *way) for way in DRAFTED}

@@ -6,11 +6,14 @@ Shapes: T rows that stand, k rows of a step, S drafted rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from eagle3.configs.errors import UserError
 from eagle3.models.draft import DraftConfig, Eagle3Draft
+from eagle3.models.native.config import Share
 from eagle3.models.native.draft import NativeDraft
 from torch import Tensor
 
@@ -28,14 +31,14 @@ FORMS: dict[str, dict[str, Any]] = {
 PATHS: list[tuple[int, ...]] = [(3,), (9,), (20,), (3, 4), (3, 5), (20, 4), (3, 5, 1), (20, 4, 1)]
 
 
-@pytest.fixture(params=FORMS)
-def draft(request: pytest.FixtureRequest) -> Eagle3Draft:
+def head_of(changes: dict[str, Any]) -> Eagle3Draft:
+    """A random head."""
     fields: dict[str, Any] = {
         "hidden_size": HIDDEN, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
         "vocab_size": VOCABULARY, "draft_vocab_size": DRAFTED, "target_layers": (0, 1, 2), "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_positions": 256,
     }  # fmt: skip
-    config = DraftConfig(**fields | FORMS[request.param])
+    config = DraftConfig(**fields | changes)
     mapped = config.draft_vocab_size < VOCABULARY
     made = Eagle3Draft(config, torch.arange(DRAFTED) * 4 + 1 if mapped else None).eval()
     generator = torch.Generator().manual_seed(1)
@@ -43,6 +46,11 @@ def draft(request: pytest.FixtureRequest) -> Eagle3Draft:
         for parameter in made.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return made.requires_grad_(False).to(DEVICE)
+
+
+@pytest.fixture(params=FORMS)
+def draft(request: pytest.FixtureRequest) -> Eagle3Draft:
+    return head_of(FORMS[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +132,19 @@ def test_more_than_there_is_room_for(draft: Eagle3Draft, embedding: Tensor) -> N
     head = NativeDraft(draft, embedding, 4, drafted=1)
     with pytest.raises(ValueError, match="6 tokens do not fit a cache of 5"):
         head.extend(*states(6))
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (4, "does not divide the draft's 2 key/value heads; give a divisor of 2"),
+        (
+            3,
+            "does not divide the draft's 2 key/value heads and 32 columns of fc and 4 query heads; give a divisor of 2",
+        ),
+    ],
+)
+def test_a_head_that_cannot_be_dealt(size: int, problem: str, embedding: Tensor) -> None:
+    group: Any = SimpleNamespace(share=Share(0, size))
+    with pytest.raises(UserError, match=f"^eval.tensor_parallel = {size}: it {problem}$"):
+        NativeDraft(head_of({}), embedding, CAPACITY, 1, group)
