@@ -140,7 +140,7 @@ def test_more_than_there_is_room_for(draft: Eagle3Draft, embedding: Tensor) -> N
         (4, "does not divide the draft's 2 key/value heads; give a divisor of 2"),
         (
             3,
-            "does not divide the draft's 2 key/value heads and 32 columns of fc and 4 query heads; give a divisor of 2",
+            "does not divide the draft's 2 key/value heads and 4 query heads and 32 columns of fc; give a divisor of 2",
         ),
     ],
 )
