@@ -42,6 +42,7 @@ check: $(VENV)/dev .typing/eagle3 ## format, lint, types
 
 bench: demo ## recording, reading, training, its memory and decoding, each beside what it is to be compared with
 	@$(BIN)/python -m eagle3.data.bench.recording
+	@$(BIN)/python -m eagle3.data.bench.experts
 	@$(BIN)/python -m eagle3.data.bench.reading --dtypes bfloat16 float8_e4m3fn
 	@$(BIN)/python -m eagle3.train.bench.formulation
 	@$(BIN)/python -m eagle3.train.bench.memory

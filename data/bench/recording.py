@@ -132,7 +132,7 @@ def _stored(settings: RecordSettings, name: str) -> RecordSettings:
 
 def record(subject: Subject, settings: RecordSettings, where: Path | None) -> tuple[Spent, int]:
     """Record all of ``subject`` to a store that is then gone; returns what that took, and the bytes of its shards."""
-    with _folder(where) as folder, StopRequest("nothing") as stop, redirect_stderr(StringIO()):
+    with scratch(where) as folder, StopRequest("nothing") as stop, redirect_stderr(StringIO()):
         place, recorder = StoreWriter(folder, len(subject.shards)), TransformersRecorder(subject.target)
         recording = Recording(place, "measured", settings, subject.target, subject.answers, recorder)
         spent = measure(lambda: recording.run(subject.shards, ALONE, stop))
@@ -154,7 +154,7 @@ def alone(subject: Subject, name: str, where: Path | None) -> dict[str, float]:
             torch.cuda.synchronize()
         spent[step] += time.perf_counter() - start
 
-    with _folder(where) as folder:
+    with scratch(where) as folder:
         for number, batches in enumerate(subject.shards):
             shard = Filling([subject.answers[sample] for batch in batches for sample in batch])
             for batch in batches:
@@ -178,7 +178,7 @@ def alone(subject: Subject, name: str, where: Path | None) -> dict[str, float]:
 
 
 @contextmanager
-def _folder(where: Path | None) -> Iterator[Path]:
+def scratch(where: Path | None) -> Iterator[Path]:
     """A folder that is then gone, with all that was not written to the disk yet written before."""
     os.sync()
     folder = Path(tempfile.mkdtemp(dir=where))

@@ -135,7 +135,7 @@ def llama(shape: Shape, device: str, dtype: str, tokens: int, batch_tokens: int)
     record = RecordSettings(batch_tokens=batch_tokens)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = f"Llama of {parameters / 1e6:,.0f} M parameters, {shape.layers} x {shape.hidden}, {dtype}"
-    return _subject(name, target, bare, _answers(shape.vocabulary, tokens), record)
+    return _subject(name, target, bare, random_answers(shape.vocabulary, tokens), record)
 
 
 def _target(model: PreTrainedModel, device: str, settings: TargetSettings) -> tuple[Target, nn.Module]:
@@ -162,7 +162,7 @@ def _questions(recipe: Settings, target: Target) -> Iterator[Conversation]:
             yield question
 
 
-def _answers(vocabulary: int, tokens: int) -> list[Answer]:
+def random_answers(vocabulary: int, tokens: int) -> list[Answer]:
     """Conversations of ``tokens`` in all, of random tokens but for what is said greedily."""
     random = np.random.default_rng(0)
     answers = list[Answer]()

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from eagle3.configs.entry import finish
-from eagle3.data.bench import reading, recording, sides, subjects
+from eagle3.configs.errors import Incomplete
+from eagle3.data.bench import experts, reading, recording, sides, subjects
 from eagle3.data.bench.sides import Spent, compare
 from eagle3.data.bench.subjects import SAID, Shape, Subject, llama
 from eagle3.data.checks import check_states
 from eagle3.data.recorders import TransformersRecorder
 from eagle3.data.store import Store
+from eagle3.models.native.target import NativeTarget
 from eagle3.models.target_info import find_decoder
 
 SHAPE = Shape(hidden=32, layers=8, inner=64, heads=4, kv_heads=2, vocabulary=300)
@@ -37,7 +39,7 @@ FIELDS = {
 BLOCKED = """
 import sys
 sys.modules |= dict.fromkeys(("datasets", "deepspeed", "wandb"))
-import eagle3.data.bench.recording, eagle3.data.bench.reading
+import eagle3.data.bench.recording, eagle3.data.bench.reading, eagle3.data.bench.experts
 """
 
 
@@ -130,6 +132,30 @@ def test_every_sample_is_read_whole_and_the_store_is_one(tmp_path: Path, monkeyp
     assert all(reader._room[name].equal(tensor) for name, tensor in last.stored.items())
     assert reader._room["ids"].equal(last.input_ids)
     assert len(reader._room) == 4
+
+
+FEW_EXPERTS = ["--hidden=64", "--inner=32", "--layers=4", "--experts=4", "--tokens=1500", "--rounds=1"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_recording_experts_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "it.json"
+    experts.main([*FEW_EXPERTS, "--folder", str(tmp_path), "--out", str(out)])
+    results = json.loads(out.read_bytes())
+    assert [(set(line), line["benchmark"], line["limit"]) for line in results] == [
+        (FIELDS, "recording experts", 3.0)
+    ] * 2
+    assert all(line["value"] > 0 and line["reference"]["value"] > 0 for line in results)
+    assert "stores differ by at most" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.usefixtures("quick")
+def test_stores_that_differ_are_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = NativeTarget.prefill
+    monkeypatch.setattr(NativeTarget, "prefill", lambda target, ids, lengths: real(target, ids, [len(ids)]))
+    with pytest.raises(Incomplete, match="of 0.0001 that rounding explains"):
+        experts.main([*FEW_EXPERTS, "--dtypes=float32", "--folder", str(tmp_path)])
 
 
 def test_medians_are_of_the_ratios_of_each_round() -> None:
