@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, default=32, help="of every second layer; default %(default)s")
     parser.add_argument("--hidden", type=int, default=256, help="width of the states; default %(default)s")
     parser.add_argument("--inner", type=int, default=512, help="width of an expert; default %(default)s")
-    parser.add_argument("--layers", type=int, default=8, help="default %(default)s")
+    parser.add_argument("--layers", type=int, default=8, help="8 or more; default %(default)s")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=8000, help="that are recorded; default %(default)s")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a batch; default %(default)s")

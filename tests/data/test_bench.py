@@ -134,7 +134,7 @@ def test_every_sample_is_read_whole_and_the_store_is_one(tmp_path: Path, monkeyp
     assert len(reader._room) == 4
 
 
-FEW_EXPERTS = ["--hidden=64", "--inner=32", "--layers=4", "--experts=4", "--tokens=1500", "--rounds=1"]
+FEW_EXPERTS = ["--hidden=64", "--inner=32", "--layers=8", "--experts=4", "--tokens=1500", "--rounds=1"]
 
 
 @pytest.mark.usefixtures("quick")
