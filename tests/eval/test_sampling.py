@@ -20,7 +20,7 @@ from eagle3.models.generate import draw
 V, K = 6, 3
 #: Draft tokens 0..3 are these target tokens; 0 and 3 the draft cannot say.
 VOCABULARY = torch.tensor([1, 2, 4, 5])
-ROUNDS = 3000
+ROUNDS, DRAWS = 3000, 100_000
 Rule = Callable[[torch.Tensor, Proposal, float, torch.Tensor], Judgement]
 
 
@@ -42,12 +42,12 @@ def propose(draft: torch.Tensor, last: int, temperature: float, greedy: bool, ge
     return Proposal(torch.tensor(tokens), probabilities)
 
 
-def emit(rule: Rule, greedy: bool, temperature: float) -> list[int]:
+def emit(rule: Rule, greedy: bool, temperature: float, rounds: int = ROUNDS) -> list[int]:
     """The tokens of one long answer of a target whose next token depends on the last one only."""
     target, draft = tables(3)
     drafting, judging = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     answer = [0]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         proposal = propose(draft, answer[-1], temperature, greedy, drafting)
         after = [answer[-1], *proposal.tokens.tolist()]
         uniform = torch.rand(K + 1, generator=judging, dtype=torch.float64)
@@ -72,6 +72,14 @@ LIMIT = 66.6  # the 1 - 1e-4 quantile of chi-square with 30 degrees of freedom
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_emits_the_targets_distribution(greedy: bool, temperature: float) -> None:
     assert chi_square(emit(judge_sampled, greedy, temperature), temperature) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("greedy", [False, True])
+def test_emits_the_targets_distribution_in_long(greedy: bool) -> None:
+    answer = emit(judge_sampled, greedy, 1.0, DRAWS)
+    assert len(answer) > DRAWS
+    assert chi_square(answer, 1.0) < LIMIT
 
 
 def mistake_the_temperature(logits: torch.Tensor, proposal: Proposal, temperature: float, u: torch.Tensor) -> Judgement:
