@@ -1,0 +1,72 @@
+"""What decodes: the target by the engine that a recipe names, and whatever verifies and drafts with it.
+
+    target = load_engine(settings.target, settings.eval.engine, capacity=700)
+    decode(prompt, make_verifier(target, 700), make_drafter(chain(5), target, draft, 700), limits, Sampling())
+
+The native engine is the product's; transformers' knows every family, and is what the native one is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..configs.drafting import Drafting
+from ..configs.settings import TargetSettings
+from ..models.draft import Eagle3Draft
+from ..models.native.loading import load_native
+from ..models.native.target import NativeTarget
+from ..models.target import Target, load_target
+from .drafters import ChainDrafter, TreeDrafter
+from .environment import ENGINE
+from .speculate import Drafter, NativeVerifier, TargetVerifier, Verifier
+from .trees import TreeShape
+
+AnyTarget = Target | NativeTarget
+Loader = Callable[[TargetSettings], Target]
+
+
+def load_engine(settings: TargetSettings, engine: str, capacity: int, load: Loader = load_target) -> AnyTarget:
+    """The target in ``engine``.
+
+    Args:
+        settings: which, in the numerics that it shall run in.
+        engine: "native" or "transformers".
+        capacity: positions of the verifier that will be made.
+        load: where transformers' model comes from.
+
+    Raises:
+        UserError: as :func:`load_native` and :func:`load_target`; the native engine knows before it loads what fits.
+    """
+    return load_native(settings, capacity) if engine == "native" else load(settings)
+
+
+def engine_name(target: AnyTarget) -> str:
+    """The engine and its version, as reports say it."""
+    return f"eagle3 native, torch {torch.__version__}" if isinstance(target, NativeTarget) else ENGINE
+
+
+def make_verifier(target: AnyTarget, capacity: int) -> Verifier:
+    """What judges proposals, for requests of at most ``capacity`` positions: prompt, answer, one proposal, and one."""
+    if isinstance(target, NativeTarget):
+        return NativeVerifier(target, capacity)
+    return TargetVerifier(target, capacity)
+
+
+def make_drafter(drafting: Drafting, target: AnyTarget, draft: Eagle3Draft, capacity: int) -> Drafter:
+    """What proposes as ``drafting`` says, for requests of at most ``capacity`` positions."""
+    embedding = target.head.embedding
+    if drafting.total is None:
+        return ChainDrafter(draft, embedding, drafting.length, capacity)
+    return TreeDrafter(draft, embedding, TreeShape(drafting.total, drafting.length, drafting.top_k), capacity)
+
+
+def next_logits(target: AnyTarget, ids: Sequence[int]) -> Tensor:
+    """The logits ``[V]`` of the token behind ``ids``, computed anew, without any cache."""
+    if isinstance(target, NativeTarget):
+        last_hidden = target.prefill(torch.tensor(ids), [len(ids)]).last_hidden
+    else:
+        last_hidden = target.forward(torch.tensor([list(ids)])).last_hidden[0]
+    return target.logits(last_hidden[-1])
