@@ -22,7 +22,7 @@ DEFINITIONS = (
     ("Chain, tree", "chain K: K tokens, one after the other. tree TOTAL/DEPTH/TOP_K: TOTAL nodes are verified at once, in "
      "DEPTH levels, of TOP_K children a node; its positions are its levels. Every drafting answers the same prompts and is "
      "set against the same plain answers."),
-    ("ms a round", "time after the first token / rounds. Divided by the acceptance length it is ms a token, which is faster "
+    ("Drafted, ms a round", "drafted tokens / rounds, and time after the first token / rounds. The latter divided by the acceptance length it is ms a token, which is faster "
      "than plain decoding where it is less than plain decoding's: time after the first token / tokens after the first."),
     ("Without repeats", "the same, without the rounds in which every emitted token ends an 8-gram that stands earlier "
      "in the same answer. Text that goes in circles is easy to draft."),
@@ -36,7 +36,8 @@ DEFINITIONS = (
     ("Diverged", "greedy answers that differ from plain greedy decoding other than after a tie (top-2 logit gap below "
      "1e-4). In float32 there must be none."),
     ("Drafting at T > 0", "sampled: from the draft's distribution, verified by rejection sampling; greedy: the draft's "
-     "best tokens, verified in the same way. Both keep the target's distribution."),
+     "best tokens, verified in the same way. A tree is grown from the "
+     "best ones at any temperature, and verified node by node. All keep the target's distribution."),
     ("Intervals", "95%, bootstrap over prompts."),
 )  # fmt: skip
 
