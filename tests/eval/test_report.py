@@ -164,7 +164,7 @@ def test_figures_are_those_of_the_traces(run_dir: Path) -> None:
 
 
 def test_loops_are_counted_and_warned_of(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "loops", temperatures=(0.0,), sources=("a",))
+    folder = write_run(tmp_path / "loops", temperatures=(0.0,), sources=("a",), beside=True)
     path = folder / "eval" / "traces.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:  # 100 rounds that emit one token more than 8 tokens that repeat themselves
@@ -173,10 +173,11 @@ def test_loops_are_counted_and_warned_of(tmp_path: Path) -> None:
         line.update(ids=ids, pieces=["x"] * 401, authors=["target"] * 401, repeated=repeated(ids), rounds=rounds)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = write_report(folder)
-    (entry, _) = report["results"]
+    entry = report["results"][0]
     assert entry["rounds"] == 300 and entry["without_repeats"]["rounds"] == 12
     assert entry["repeated_ngram_rate"] == pytest.approx(386 / 394)
-    assert any("98% of the 8-grams" in warning for warning in report["warnings"])
+    told = [warning for warning in report["warnings"] if "98% of the 8-grams" in warning]
+    assert len(told) == 1 and told[0].startswith("all prompts at T=0, chain 3: ")
     assert "98% of the 8-grams" in summary_table(report)
     assert "98% of the 8-grams" in (folder / "eval" / "report.html").read_text()
 

@@ -26,7 +26,7 @@ from eagle3.models.checkpoint import save_draft
 from eagle3.models.draft import Eagle3Draft
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.target import NativeTarget
-from eagle3.models.target import Target, load_target
+from eagle3.models.target import Target, load_target, load_text
 
 TEMPERATURES = (0.0, 1.0)
 TESTS = 4  # prompts, of two sources
@@ -359,6 +359,33 @@ def test_where_greedy_answers_part(tiny_target: Target, native: NativeTarget, en
             found = compare(target, prompt, plain, fast)
             assert (found.equal, found.position, found.diverged) == (False, position, True)
             assert found.gap == pytest.approx(gap, abs=1e-4)
+
+
+def test_answers_that_differ_are_those_of_their_drafting(
+    settings: Settings, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tree's answers to the longer prompts are cut short, at every temperature."""
+    known = speculate.decode
+
+    def decode(prompt: Any, verifier: Any, drafter: Any, limits: Any, sampling: Any) -> speculate.Decoded:
+        wrong = DRAFTERS[type(drafter).__name__] == TREE and limits.max_new_tokens == LIMIT and len(prompt) > shortest
+        return known(prompt, verifier, drafter, limits._replace(max_new_tokens=LIMIT - wrong), sampling)
+
+    prompts = [job.prompt for job in stage._jobs(settings, run_dir, load_text(settings.target))]
+    shortest = min(map(len, prompts))
+    longer = sum(len(prompt) > shortest for prompt in prompts[:TESTS])
+    monkeypatch.setattr(stage, "decode", decode)
+    evaluate(settings, run_dir)
+    found = [(trace.drafting, trace.lossless) for trace in traces_of(run_dir) if trace.lossless]
+    assert all(lossless.equal for drafting, lossless in found if drafting == MAIN)
+    positions = [lossless.position for drafting, lossless in found if drafting == TREE and lossless.diverged]
+    assert 0 < longer < TESTS and positions == [LIMIT - 1] * longer
+    report = write_report(run_dir)
+    counted = [row["losslessness"] and row["losslessness"]["diverged"] for row in report["results"]]
+    assert (counted[0], counted[3], set(counted[6:])) == (0, longer, {None})
+    assert [line.partition(":")[0] for line in report["warnings"] if "differ" in line] == [
+        f"all prompts at T=0, {TREE}"
+    ]
 
 
 # --- what it refuses
