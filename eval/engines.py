@@ -8,6 +8,7 @@ The native engine is the product's; transformers' knows every family, and is wha
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -40,7 +41,13 @@ def load_engine(settings: TargetSettings, engine: str, capacity: int, load: Load
     Raises:
         UserError: as :func:`load_native` and :func:`load_target`; the native engine knows before it loads what fits.
     """
-    return load_native(settings, capacity) if engine == "native" else load(settings)
+    if engine == "transformers":
+        return load(settings)
+    # A model of an earlier stage is held by cycles, and its memory by torch: neither is in use.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return load_native(settings, capacity)
 
 
 def engine_name(target: AnyTarget) -> str:

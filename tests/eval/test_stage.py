@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +341,18 @@ def test_room_is_asked_for_before_the_target_is_loaded(
         evaluate(settings, run_dir)
     assert asked == [longest_prompt(tiny_target) + LIMIT + NODES + 1]
     assert not (run_dir / "eval").exists()
+
+
+def test_a_model_that_nobody_uses_any_more_makes_room(tiny_folder: Path) -> None:
+    settings = TargetSettings(path=str(tiny_folder))
+    gc.disable()
+    try:
+        gone = weakref.ref(load_target(settings))
+        assert gone() is not None  # its hooks hold it
+        engines.load_engine(settings, "native", 8)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 # --- losslessness
