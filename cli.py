@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +17,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from .configs.entry import Lazy, finish, opened, share_cores
+from .configs.entry import Lazy, explain, finish, opened, share_cores
 from .configs.errors import UserError
 from .configs.loader import describe, load, recipes
-from .configs.settings import Settings
+from .configs.settings import Settings, TargetSettings
 
 if TYPE_CHECKING:
     from .data import inspection, plan, plan_table, prepare, record, regenerate
@@ -76,6 +74,16 @@ class Run:
         members = self.settings.record.tensor_parallel
         return self.target if members == 1 else targets.load_target(self.settings.target, members)
 
+    @property
+    def evaluating(self) -> Callable[[TargetSettings], targets.Target]:
+        """What loads transformers' model for the evaluation, once where it is the recipe's own.
+
+        The native engine needs none; what answered for an earlier stage makes room for it.
+        """
+        if self.settings.eval.engine == "native":
+            self.__dict__.pop("target", None)
+        return lambda asked: self.target if asked == self.settings.target else targets.load_target(asked)
+
 
 class Stage(NamedTuple):
     """One stage as a command.
@@ -118,7 +126,7 @@ STAGES = {
     "eval": Stage(
         "answer the test prompts with and without the draft, and report",
         lambda run: (run.folder / "eval" / "eval.json").exists(),
-        lambda run: evaluation.evaluate(run.settings, run.folder, run.target),
+        lambda run: evaluation.evaluate(run.settings, run.folder, run.evaluating),
         ("run", "target", "eval"),
     ),
 }
@@ -331,14 +339,3 @@ def _add_plan(command: argparse.ArgumentParser) -> None:
     gpus = "GPUs that hold the target together, and that train; default %(default)s"
     command.add_argument("--gpus", metavar="N", type=int, default=8, help=gpus)
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def explain(sections: Sequence[str]) -> str:
-    """Every setting of ``sections`` with its default and its explanation."""
-    width = min(100, shutil.get_terminal_size().columns) - 6
-    lines = ["settings, with their defaults:"]
-    for section in sections:
-        for setting in describe()[section]:
-            text = textwrap.fill(setting.text, width)
-            lines += [f"  {setting.name}={setting.default}", textwrap.indent(text, " " * 6)]
-    return "\n".join(lines)

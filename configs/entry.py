@@ -1,12 +1,14 @@
-"""What every command of this project shares: how it reads its recipe, what it may take, and how it ends."""
+"""What every command shares: how its settings are explained, its recipe is read, what it may take, and how it ends."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import Eagle3Error, Interrupted, UserError
-from .loader import save, write_recipe
+from .loader import describe, save, write_recipe
 from .settings import Settings
 
 RESUMABLE = Interrupted.exit_code
@@ -111,3 +113,14 @@ def share_cores() -> None:
     if processes > 1:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
+
+def explain(sections: Sequence[str]) -> str:
+    """Every setting of ``sections`` with its default and its explanation."""
+    width = min(100, shutil.get_terminal_size().columns) - 6
+    lines = ["settings, with their defaults:"]
+    for section in sections:
+        for setting in describe()[section]:
+            text = textwrap.fill(setting.text, width)
+            lines += [f"  {setting.name}={setting.default}", textwrap.indent(text, " " * 6)]
+    return "\n".join(lines)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from .drafting import chain, parse
 from .errors import UserError
-from .settings import Settings
+from .settings import EvalSettings, Settings
 
 DTYPES = ("float32", "bfloat16")
 STORED_DTYPES = (*DTYPES, "float8_e4m3fn")
@@ -20,6 +21,7 @@ CHOICES = {
     "record.engine": ("transformers", "native"),
     "train.objective": ("kl", "lk"),
     "train.tracker": ("online", "offline", "disabled"),
+    "eval.engine": ("native", "transformers"),
     "eval.sampling": ("sampled", "greedy"),
     "eval.dtype": DTYPES,
 }
@@ -114,6 +116,7 @@ def check(settings: Settings) -> None:
         _check_endpoints(f"{section}.endpoints", values[f"{section}.endpoints"])
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
+    _check_draftings(settings.eval)
     if settings.record.endpoints and settings.record.tensor_parallel > 1:
         problem = "servers record (record.endpoints), and hold the target as they were told (record.server_gpus)"
         raise UserError("record.tensor_parallel", settings.record.tensor_parallel, problem, "leave one of the two out")
@@ -154,6 +157,23 @@ def _check_endpoints(name: str, endpoints: tuple[str, ...]) -> None:
             raise UserError(name, _listed(endpoints), f'"{url}" is no address of a server', remedy)
         if endpoints.count(url) > 1:
             raise UserError(name, _listed(endpoints), f"{url} stands twice", "give each once")
+
+
+def _check_draftings(chosen: EvalSettings) -> None:
+    shown, seen = _listed(chosen.beside), {chain(chosen.chain)}
+    for name in chosen.beside:
+        try:
+            drafting = parse(name)
+        except ValueError as error:
+            remedy = "write chain K, or tree TOTAL/DEPTH/TOP_K, such as tree 60/7/10"
+            raise UserError("eval.beside", shown, str(error), remedy) from None
+        if drafting.method == "tree" and chosen.engine == "transformers":
+            problem = f"transformers (eval.engine) cannot verify a {drafting.name}"
+            raise UserError("eval.beside", shown, problem, "leave trees out, or set eval.engine=native")
+        if drafting in seen:
+            problem = f"{drafting.name} stands twice, eval.chain = {chosen.chain} counted"
+            raise UserError("eval.beside", shown, problem, "give each once")
+        seen.add(drafting)
 
 
 def _check_heads(heads: int | None, kv_heads: int | None, width: int | None) -> None:

@@ -204,8 +204,14 @@ class EvalSettings:
 
     draft: str | None = None
     """Folder of the head to evaluate, such as one that `eagle3 import` wrote; default the run's own."""
+    engine: str = "native"
+    """What runs the target: native, for Llama 3 and Llama 4, which verifies chains and trees, or transformers, which knows
+    every family and verifies chains alone."""
     chain: int = 5
-    """Drafted tokens per round."""
+    """Drafted tokens per round: the main drafting, of which headlines, sources and examples are shown."""
+    beside: tuple[str, ...] = ()
+    """Further draftings that answer the same prompts beside it: "chain K", or EAGLE-2's "tree TOTAL/DEPTH/TOP_K" (nodes that
+    are verified, levels, children of a node), such as chain 7, tree 60/7/10. Default: none."""
     temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
     """Temperatures at which the test prompts are answered."""
     prompts: int = 48

@@ -25,10 +25,11 @@ from ..models.draft import Eagle3Draft
 from ..models.engines import read_files
 from ..models.formats import FORMATS, PROVENANCE, Origin, engines_of, write
 from ..models.formats import check as check_files
-from ..models.target import DTYPES, load_target
+from ..models.target import DTYPES, load_text
 from .card import CARD, card
+from .engines import load_engine
 from .live import LiveEngine, connect
-from .serving import ask, decode_all, differences
+from .serving import ask, decode_all, differences, positions
 
 SHOWN = 5  # differences that are told; one fault shows in hundreds of tokens
 
@@ -106,12 +107,14 @@ def check(run: Path, name: str, out: Path, against: str | None = None, prompts: 
 
 
 def _compare(run: Path, head: Head, engine: LiveEngine, count: int) -> None:
-    target = load_target(head.settings.target)
+    text = load_text(head.settings.target)
     found = [c for c in read_conversations(run / "conversations" / "prompts.jsonl") if c.split == "test"][:count]
     if not found:
         raise UserError("prepare.test", head.settings.prepare.test, "there are no test prompts", "give 1 or more")
-    prompts = [prompt_ids(target.tokenizer, conversation) for conversation in found]
+    prompts = [prompt_ids(text.tokenizer, conversation) for conversation in found]
     most = head.settings.eval.max_new_tokens
+    capacity = positions(prompts, head.origin.chain, most)
+    target = load_engine(head.settings.target, head.settings.eval.engine, capacity)
     draft = head.draft.to(device=target.device, dtype=DTYPES[target.info.dtype]).eval()
     progress = Progress("decode", "answers", len(prompts))
     ours = decode_all(target, draft, prompts, head.origin.chain, most, lambda tokens: progress.advance(1, tokens))

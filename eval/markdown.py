@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .tables import (
+    BESIDE,
     DEFINITIONS,
+    HOW_TO_READ_COST,
     NONE,
     conditions,
+    draftings_rows,
+    has_beside,
     interval,
     markdown_table,
     number,
@@ -29,6 +33,7 @@ def render_markdown(report: Json) -> str:
         "\n".join(f"- **Warning**: {warning}" for warning in report["warnings"]),
         "## Results",
         markdown_table(*result_rows(report)),
+        _beside(report),
         "## Acceptance by position",
         _positions(report),
         _simulated(report),
@@ -66,6 +71,12 @@ def simulated_sentence(simulated: Json) -> str:
 
 def _simulated(report: Json) -> str:
     return simulated_sentence(report["simulated"]) if report["simulated"] else ""
+
+
+def _beside(report: Json) -> str:
+    if not has_beside(report):
+        return ""
+    return "\n\n".join([f"## {BESIDE}", HOW_TO_READ_COST, markdown_table(*draftings_rows(report))])
 
 
 def _positions(report: Json) -> str:

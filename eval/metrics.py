@@ -4,8 +4,12 @@
   answer is trimmed at its end token.
 * Acceptance length AL = 1 + sum(accepted) / rounds. Acceptance rate = sum(accepted) / sum(drafted).
 * Acceptance at position i (from 1) = rounds with accepted >= i / rounds; conditional: / rounds with accepted >= i - 1.
+  Of a tree ``drafted`` is the nodes verified, root excluded, and its positions are its levels.
 * TPS/user (output) = tokens after the first / time after the first; end to end: all tokens / whole time. Batch 1.
-* Speed-up = TPS/user with the draft / without it, over the same prompts.
+* Speed-up = TPS/user with the draft / without it, over the same prompts; every drafting is set against the same baseline.
+* The cost of a round, ``round_ms`` = milliseconds after the first token / rounds; ``drafted_per_round``; and, of the
+  baseline, ``baseline_token_ms`` = milliseconds after the first token / tokens after the first. A drafting is faster than
+  plain decoding where round_ms / AL, its milliseconds a token, is less than baseline_token_ms.
 * Figures "without repeats" leave out the rounds that emitted only tokens which end an 8-gram seen before in the answer.
 
 Every figure is a ratio of sums over prompts. Its 95% interval comes from resampling the prompts (bootstrap, percentiles);
@@ -21,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..configs.drafting import Drafting, named
 from .traces import BASELINE, SPECULATIVE, Round, Trace
 
 RESAMPLES = 2000
@@ -60,7 +65,11 @@ class Acceptance:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds to the first token (mean) and tokens per second and user, with the draft and without it."""
+    """Seconds to the first token (mean) and tokens per second and user, with the draft and without it.
+
+    ``round_ms``: milliseconds that a round takes, drafting and verification (mean); ``baseline_token_ms``: that a token
+    takes without the draft. NaN where there was none.
+    """
 
     ttft_s: float
     baseline_ttft_s: float
@@ -68,6 +77,8 @@ class Speed:
     tps_per_user_e2e: float
     baseline_tps_per_user: Estimate
     speedup: Estimate
+    round_ms: float
+    baseline_token_ms: float
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
@@ -93,13 +104,17 @@ def rounds_of(trace: Trace, chosen: Choice = "all") -> list[Round]:
     ]
 
 
-def acceptance(traces: Sequence[Trace], chosen: Choice = "all") -> Acceptance:
-    """Acceptance over the speculative answers among ``traces``."""
+def acceptance(traces: Sequence[Trace], chosen: Choice = "all", levels: int | None = None) -> Acceptance:
+    """Acceptance over the speculative answers among ``traces``, by position up to ``levels``: a tree's, which has more nodes.
+
+    Default: as far as anything was drafted, which is a chain's length.
+    """
     per_prompt = [rounds_of(trace, chosen) for trace in traces if trace.mode == SPECULATIVE]
     counts = [len(rounds) for rounds in per_prompt]
     accepted = [sum(entry.accepted for entry in rounds) for rounds in per_prompt]
     drafted = sum(entry.drafted for rounds in per_prompt for entry in rounds)
     depth = max((entry.drafted for rounds in per_prompt for entry in rounds), default=0)
+    depth = depth if levels is None else min(depth, levels)
     reached = [[sum(entry.accepted >= i for entry in rounds) for rounds in per_prompt] for i in range(depth + 1)]
     extra = ratio(accepted, counts)
     return Acceptance(
@@ -117,11 +132,12 @@ def acceptance(traces: Sequence[Trace], chosen: Choice = "all") -> Acceptance:
 
 
 def speed(traces: Sequence[Trace]) -> Speed:
-    """Speed over the prompts of ``traces``, which hold both answers of each at one temperature."""
+    """Speed over the prompts of ``traces``: the baseline and the answers of one drafting, at one temperature."""
     pairs = _pairs(traces)
     fast, plain = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     fast_tokens, fast_time = _after_first(fast)
     plain_tokens, plain_time = _after_first(plain)
+    rounds = sum(len(trace.rounds) for trace in fast)
     picks = _resamples(len(pairs))
     resampled = [
         _divide(tokens[picks].sum(1), seconds[picks].sum(1))
@@ -135,6 +151,8 @@ def speed(traces: Sequence[Trace]) -> Speed:
         tps_per_user_e2e=sum(len(trace.ids) for trace in fast) / sum(trace.total_s for trace in fast),
         baseline_tps_per_user=_estimate(rates[1], resampled[1]),
         speedup=_estimate(_divide(rates[0], rates[1]), _divide(resampled[0], resampled[1])),
+        round_ms=float(_divide(1000 * fast_time.sum(), np.float64(rounds))),
+        baseline_token_ms=float(_divide(1000 * plain_time.sum(), plain_tokens.sum())),
     )
 
 
@@ -153,7 +171,9 @@ def losslessness(traces: Sequence[Trace]) -> dict[str, Any] | None:
 
 
 def results(traces: Sequence[Trace], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ``results`` of report.json: per temperature all prompts (category None), then each source.
+    """The ``results`` of report.json: per temperature and drafting all prompts (category None), then each source.
+
+    At every temperature the main drafting comes first.
 
     Args:
         traces: all of a run's.
@@ -162,34 +182,26 @@ def results(traces: Sequence[Trace], evaluation: dict[str, Any]) -> list[dict[st
     found = []
     for temperature in sorted({trace.temperature for trace in traces}):
         warm = [trace for trace in traces if trace.temperature == temperature]
-        for source in [None, *sorted({trace.source for trace in warm})]:
-            found.append(_result([t for t in warm if source in (None, t.source)], evaluation, temperature, source))
+        for drafting in draftings(evaluation):
+            its = [trace for trace in warm if trace.drafting in (None, drafting.name)]
+            for source in [None, *sorted({trace.source for trace in warm})]:
+                chosen = [trace for trace in its if source in (None, trace.source)]
+                found.append(_result(chosen, evaluation, temperature, drafting, source))
     return found
 
 
-def warnings(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What in ``results`` cannot be right, or is not lossless."""
-    said = []
-    for entry in found:
-        where = f"{entry['category'] or 'all prompts'} at T={entry['temperature']:g}"
-        low, length = entry["speedup_ci95"][0], entry["acceptance_length"]
-        if low is not None and length is not None and low > length:
-            said.append(
-                f"{where}: the speed-up's interval, from {low:.2f} on, lies above the acceptance length {length:.2f}: "
-                "an error in the measurement"
-            )
-        lossless = entry["losslessness"]
-        if lossless and lossless["diverged"] and entry["category"] is None:
-            said.append(
-                f"{where}: {lossless['diverged']} of {lossless['answers']} answers differ from plain decoding "
-                f"(largest top-2 gap {lossless['largest_gap']:.2g})"
-            )
-    return said
-
-
-def _result(traces: list[Trace], evaluation: dict[str, Any], temperature: float, source: str | None) -> dict[str, Any]:
+def draftings(evaluation: dict[str, Any]) -> tuple[Drafting, ...]:
+    """Those of an eval.json, the main one first."""
     settings = evaluation["settings"]
-    every, fresh, rates = acceptance(traces), acceptance(traces, "without repeats"), speed(traces)
+    return named(settings["chain"], settings["beside"])
+
+
+def _result(
+    traces: list[Trace], evaluation: dict[str, Any], temperature: float, drafting: Drafting, source: str | None
+) -> dict[str, Any]:
+    settings, levels, rates = evaluation["settings"], drafting.length, speed(traces)
+    every, fresh = acceptance(traces, "all", levels), acceptance(traces, "without repeats", levels)
+    sampled = temperature > 0 and drafting.method == "chain"  # a tree is grown and not drawn
     fast = [trace for trace in traces if trace.mode == SPECULATIVE]
     return {
         "benchmark": evaluation["benchmark"],
@@ -203,13 +215,7 @@ def _result(traces: list[Trace], evaluation: dict[str, Any], temperature: float,
         "input_tokens_mean": float(np.mean([trace.input_tokens for trace in fast])),
         "output_tokens_mean": float(np.mean([len(trace.ids) for trace in fast])),
         "source": "decoded",
-        "drafting": {
-            "method": "chain",
-            "length": settings["chain"],
-            "total": None,
-            "top_k": 1,
-            "sampling": settings["sampling"] if temperature else "greedy",
-        },
+        "drafting": {**drafting._asdict(), "sampling": settings["sampling"] if sampled else "greedy"},
         "emitted_tokens": sum(len(trace.ids) for trace in fast),
         **_acceptance_fields(every),
         "without_repeats": _acceptance_fields(fresh),
@@ -223,6 +229,9 @@ def _result(traces: list[Trace], evaluation: dict[str, Any], temperature: float,
         "baseline_tps_per_user_ci95": rates.baseline_tps_per_user.ci95,
         "speedup": rates.speedup.json,
         "speedup_ci95": rates.speedup.ci95,
+        "round_ms": _json(rates.round_ms),
+        "drafted_per_round": every.drafted / every.rounds if every.rounds else None,
+        "baseline_token_ms": _json(rates.baseline_token_ms),
         "losslessness": losslessness(traces),
     }
 

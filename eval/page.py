@@ -11,11 +11,17 @@ from .answers import SHOWN, render_answers
 from .markdown import described, simulated_sentence
 from .style import STYLE
 from .tables import (
+    BESIDE,
     DEFINITIONS,
+    HOW_TO_READ_COST,
+    PLAIN,
     conditions,
     diverged,
     drafting,
+    draftings_rows,
+    has_beside,
     length_of,
+    main_results,
     number,
     overall,
     percent,
@@ -45,6 +51,7 @@ def render_page(report: Json, material: Material) -> str:
         _headline(report),
         _acceptance(report),
         _sources_and_speed(report),
+        _beside(report),
         _training(report, material.curve),
         _answers(material.traces),
         _results(report),
@@ -153,6 +160,14 @@ def _sources_and_speed(report: Json) -> str:
     return _figures("Where it helps, and what it gains", "", figures)
 
 
+def _beside(report: Json) -> str:
+    if not has_beside(report):
+        return ""
+    header, rows = draftings_rows(report)
+    table = _table(header, rows, [row[1] == PLAIN for row in rows])
+    return f'<section><h2>{BESIDE}</h2><p class="note">{escape(HOW_TO_READ_COST)}</p>{table}</section>'
+
+
 def _training(report: Json, curve: Sequence[Json]) -> str:
     note = ""
     top = plots.best(curve)
@@ -188,7 +203,7 @@ def _answers(traces: Sequence[Trace]) -> str:
 
 def _results(report: Json) -> str:
     header, rows = result_rows(report)
-    whole = [entry["category"] is None for entry in report["results"]]
+    whole = [entry["category"] is None for entry in main_results(report)]
     return f"<section><h2>All results</h2>{_table(header, rows, whole)}</section>"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .figures import Axis, Bar, Margins, Point, Row, Series, bar_plot, dot_plot, line_plot
-from .tables import interval, number, overall, percent, rate, temperature_name, times
+from .tables import interval, main_results, number, overall, percent, rate, temperature_name, times
 
 CURVE_POINTS = 160  # a longer training log is averaged in this many stretches
 Json = dict[str, Any]
@@ -38,12 +38,12 @@ def acceptance_by_source(report: Json) -> str:
     """Acceptance lengths of all prompts and of each source, per temperature; hollow without repeated rounds."""
     categories: list[str | None] = [
         None,
-        *sorted({e["category"] for e in report["results"] if e["category"] is not None}),
+        *sorted({e["category"] for e in main_results(report) if e["category"] is not None}),
     ]
     colours = {entry["temperature"]: colour for colour, entry in enumerate(overall(report))}
     groups = []
     for category in categories:
-        entries = [e for e in report["results"] if e["category"] == category and e["acceptance_length"] is not None]
+        entries = [e for e in main_results(report) if e["category"] == category and e["acceptance_length"] is not None]
         groups.append(
             ("all prompts" if category is None else category, [_row(e, colours[e["temperature"]]) for e in entries])
         )

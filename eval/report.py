@@ -19,13 +19,17 @@ from ..configs.errors import UserError
 from ..data.conversations import read_conversations
 from ..data.files import encode_json, read_lines, write_atomic
 from ..models.repeats import repeated_rate
+from .cautions import against_card, cautions, warnings
 from .markdown import render_markdown
-from .metrics import acceptance, results, warnings
+from .metrics import acceptance, draftings, results
 from .page import Material, render_page
 from .tables import (
     circumstances,
     conditions,
     diverged,
+    drafting_of,
+    draftings_rows,
+    has_beside,
     length_of,
     markdown_table,
     overall,
@@ -35,11 +39,9 @@ from .tables import (
     text_table,
     tps,
 )
-from .traces import BASELINE, SPECULATIVE, Trace, read_traces
+from .traces import Trace, read_traces
 
 SCHEMA = 1
-SAME = 0.01  # by which an acceptance length over the same greedy answers may differ
-REPEATING = 0.2  # share of repeated 8-grams from which on a report warns
 Json = dict[str, Any]
 
 
@@ -60,7 +62,7 @@ def write_report(run_dir: Path) -> Json:
     report = build_report(run_dir, evaluation)
     recipe = run_dir / "config.yaml"
     material = Material(
-        traces=evaluation.traces,
+        traces=_of_main(evaluation),
         # The curve is that of the run's own head.
         curve=[] if evaluation.description["settings"]["draft"] else _read_curve(run_dir / "train" / "metrics.jsonl"),
         prompts=_count_prompts(run_dir / "conversations" / "prompts.jsonl"),
@@ -78,7 +80,10 @@ def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
     description, traces = evaluation
     found = results(traces, description)
     for entry in found:
-        answers = [t.ids for t in _speculative(traces, entry["temperature"]) if entry["category"] in (None, t.source)]
+        its = drafting_of(entry).name, entry["temperature"]
+        answers = [
+            t.ids for t in traces if (t.drafting, t.temperature) == its and entry["category"] in (None, t.source)
+        ]
         entry["repeated_ngram_rate"] = repeated_rate(answers)
     name = run_dir.resolve().name
     draft = description["draft"]
@@ -89,14 +94,14 @@ def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
         "draft": draft,
         "environment": description["environment"],
         "results": found,
-        "warnings": warnings(found) + _cautions(found) + _against_card(draft["imported"], found),
+        "warnings": warnings(found) + cautions(found) + against_card(draft["imported"], found),
         "simulated": _simulated(draft["training"], evaluation),
         "command": f"eagle3 run {shlex.quote(str(run_dir / 'config.yaml'))} run.name={shlex.quote(f'{name}-again')}",
     }
 
 
 def summary_table(report: Json) -> str:
-    """The figures over all prompts as plain text, for a terminal."""
+    """The figures over all prompts as plain text, for a terminal: the main drafting's, then all draftings side by side."""
     header = ("T", "AL [95%]", "without repeats", "accepted", "TPS/user", "speed-up [95%]", "diverged")
     rows = [
         (
@@ -110,8 +115,9 @@ def summary_table(report: Json) -> str:
         )
         for entry in overall(report)
     ]
+    beside = ["", text_table(*draftings_rows(report, without=("TPS/user",)))] if has_beside(report) else []
     said = [f"warning: {warning}" for warning in report["warnings"]]
-    return "\n".join([f"{report['run']}: {conditions(report)}", text_table(header, rows), *said])
+    return "\n".join([f"{report['run']}: {conditions(report)}", text_table(header, rows), *beside, *said])
 
 
 def compare(run_dirs: Sequence[Path]) -> str:
@@ -174,9 +180,12 @@ def _read_evaluation(run_dir: Path) -> Evaluation:
         raise UserError("report", path, f"it cannot be read ({error.strerror})", remedy) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("report", path, f"it is damaged ({error})", remedy) from None
-    sides = Counter(trace.mode for trace in traces)
-    if not traces or len({trace.key for trace in traces}) < len(traces) or sides[BASELINE] != sides[SPECULATIVE]:
-        raise UserError("report", path, f"it does not hold pairs of answers ({dict(sides)})", remedy)
+    sides = Counter(trace.drafting for trace in traces)
+    wanted = {None, *(drafting.name for drafting in draftings(description))}
+    if len({trace.key for trace in traces}) < len(traces) or sides.keys() != wanted or len(set(sides.values())) > 1:
+        counted = ", ".join(f"{name or 'plain'}: {count}" for name, count in sides.items())
+        problem = f"it does not hold as many answers of every drafting ({counted or 'none'})"
+        raise UserError("report", path, problem, remedy)
     return Evaluation(description, traces)
 
 
@@ -207,7 +216,7 @@ def _count_prompts(path: Path) -> dict[str, dict[str, int]]:
 
 def _simulated(trained: Json | None, evaluation: Evaluation) -> Json | None:
     """The simulated acceptance length beside the decoded one that counts the same rounds, where both exist."""
-    greedy = _speculative(evaluation.traces, 0.0)
+    greedy = [trace for trace in _of_main(evaluation) if trace.temperature == 0]
     if not greedy or not trained or trained["chain"] != evaluation.description["settings"]["chain"]:
         return None
     length = acceptance(greedy, "whole").length
@@ -220,52 +229,7 @@ def _simulated(trained: Json | None, evaluation: Evaluation) -> Json | None:
     }
 
 
-def _speculative(traces: Sequence[Trace], temperature: float) -> list[Trace]:
-    return [trace for trace in traces if trace.mode == SPECULATIVE and trace.temperature == temperature]
-
-
-def _cautions(found: Sequence[Json]) -> list[str]:
-    """What is no error, but must be known before figures over all prompts are quoted."""
-    said = []
-    for entry in found:
-        where = f"all prompts at {temperature_name(entry['temperature'])}"
-        if entry["category"] is not None:
-            continue
-        if entry["repeated_ngram_rate"] > REPEATING:
-            share = percent(entry["repeated_ngram_rate"])
-            said.append(
-                f"{where}: {share} of the 8-grams repeat an earlier one of their answer; "
-                "read the figures without repeats"
-            )
-        high = entry["speedup_ci95"][1]
-        if high is not None and high < 1:
-            said.append(f"{where}: the draft slows the target down")
-    return said
-
-
-def _against_card(imported: Json | None, found: Sequence[Json]) -> list[str]:
-    """Where an imported head accepts less than its own card says, on the same benchmark and drafted alike."""
-    said = []
-    for figure in imported["figures"] if imported else []:
-        for entry in found:
-            same = figure["args"]["temperature"], figure["args"]["drafting"], figure["benchmark"]
-            if entry["category"] is not None or (entry["temperature"], entry["drafting"], entry["benchmark"]) != same:
-                continue
-            if _accepts_less(entry, figure):
-                said.append(
-                    f"{temperature_name(entry['temperature'])}: its card says an acceptance length of {figure['value']:.2f}, "
-                    f"and here it is {length_of(entry)}: it may be misread (layers, norms fed back, RoPE, the order of "
-                    "features), or the target runs in other numerics"
-                )
-    return said
-
-
-def _accepts_less(entry: Json, figure: Json) -> bool:
-    """Over the same greedy answers by more than a hundredth; over others, by more than chance."""
-    if entry["acceptance_length"] is None:
-        return False
-    told = figure["args"]
-    answers = entry["temperature"], entry["n_prompts"], round(entry["output_tokens_mean"], 4), entry["dtype"]
-    if (0.0, told["prompts"], told["output_tokens_mean"], told["dtype"]) == answers:
-        return bool(entry["acceptance_length"] < (1 - SAME) * figure["value"])
-    return bool(entry["acceptance_length_ci95"][1] < figure["value"])
+def _of_main(evaluation: Evaluation) -> list[Trace]:
+    """The plain answers, and those of the main drafting."""
+    kept = (None, draftings(evaluation.description)[0].name)
+    return [trace for trace in evaluation.traces if trace.drafting in kept]

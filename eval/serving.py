@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+from ..configs.drafting import chain as chain_of
 from ..models.draft import Eagle3Draft
-from ..models.native.draft import NativeDraft
-from ..models.target import Target
-from .drafters import ChainDrafter
+from .engines import AnyTarget, make_drafters, make_verifier
 from .live import Counters, LiveEngine
-from .speculate import Limits, Sampling, TargetVerifier, decode
+from .speculate import Limits, Sampling, decode
 from .stage import compare
 from .traces import Round
 
@@ -42,7 +41,7 @@ def ask(engine: LiveEngine, prompts: Sequence[Sequence[int]], max_new_tokens: in
 
 
 def decode_all(
-    target: Target,
+    target: AnyTarget,
     draft: Eagle3Draft | None,
     prompts: Sequence[Sequence[int]],
     chain: int,
@@ -50,22 +49,29 @@ def decode_all(
     advance: Callable[[int], Any] = lambda tokens: None,
 ) -> Served:
     """The same with our own decoder; plain decoding without a ``draft``. ``advance`` is told of every answer's tokens."""
-    capacity = max(map(len, prompts)) + max_new_tokens + chain + 1
-    verifier = TargetVerifier(target, capacity)
+    capacity = positions(prompts, chain, max_new_tokens)
+    verifier = make_verifier(target, capacity)
     drafter = None
     if draft is not None:
-        drafter = ChainDrafter(NativeDraft(draft, target.head.embedding, capacity, chain), chain)
+        (drafter,) = make_drafters([chain_of(chain)], target, draft, capacity).values()
     answers, rounds = [], list[Round]()
     for prompt in prompts:
         decoded = decode(prompt, verifier, drafter, Limits(max_new_tokens, target.info.eos_ids), Sampling(0.0))
         answers.append(decoded.ids)
         rounds += decoded.rounds
         advance(len(decoded.ids))
-    positions = [sum(entry.accepted > at for entry in rounds) for at in range(chain)]
-    return Served(answers, Counters(len(rounds), sum(positions), positions))
+    return Served(
+        answers,
+        Counters.of_positions(len(rounds), [sum(entry.accepted > at for entry in rounds) for at in range(chain)]),
+    )
 
 
-def differences(target: Target, prompts: Sequence[Sequence[int]], ours: Served, theirs: Served) -> list[str]:
+def positions(prompts: Sequence[Sequence[int]], chain: int, max_new_tokens: int) -> int:
+    """What the caches of :func:`decode_all` hold."""
+    return max(map(len, prompts)) + max_new_tokens + chain + 1
+
+
+def differences(target: AnyTarget, prompts: Sequence[Sequence[int]], ours: Served, theirs: Served) -> list[str]:
     """Where the engine says or accepts something else, each in a line; [] if nowhere.
 
     An answer may differ after a tie of the target's two best logits, and lack its end token. Accepted counts may differ

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..configs.drafting import Drafting
+
 Json = dict[str, Any]
 NONE = "\u2013"  # an en dash
+PLAIN = "none"  # the drafting of plain decoding
 TIMES = "\u00d7"  # the sign of multiplication
 
 DEFINITIONS = (
@@ -15,7 +18,12 @@ DEFINITIONS = (
     ("Acceptance length (AL)", "1 + accepted tokens / rounds. It means nothing without its drafting."),
     ("Acceptance at position i", "rounds that accepted at least i drafted tokens / rounds. The conditional rate "
      "divides by the rounds that accepted at least i - 1."),
-    ("Acceptance rate", "accepted tokens / drafted tokens."),
+    ("Acceptance rate", "accepted tokens / drafted tokens; of a tree, / the nodes that were verified, root excluded."),
+    ("Chain, tree", "chain K: K tokens, one after the other. tree TOTAL/DEPTH/TOP_K: TOTAL nodes are verified at once, in "
+     "DEPTH levels, of TOP_K children a node; its positions are its levels. Every drafting answers the same prompts and is "
+     "set against the same plain answers."),
+    ("Drafted, ms a round", "drafted tokens / rounds, and time after the first token / rounds. The latter divided by the acceptance length it is ms a token, which is faster "
+     "than plain decoding where it is less than plain decoding's: time after the first token / tokens after the first."),
     ("Without repeats", "the same, without the rounds in which every emitted token ends an 8-gram that stands earlier "
      "in the same answer. Text that goes in circles is easy to draft."),
     ("Repeated 8-grams", "8-grams that stand earlier in the same answer / all 8-grams of the answers."),
@@ -28,7 +36,8 @@ DEFINITIONS = (
     ("Diverged", "greedy answers that differ from plain greedy decoding other than after a tie (top-2 logit gap below "
      "1e-4). In float32 there must be none."),
     ("Drafting at T > 0", "sampled: from the draft's distribution, verified by rejection sampling; greedy: the draft's "
-     "best tokens, verified in the same way. Both keep the target's distribution."),
+     "best tokens, verified in the same way. A tree is grown from the "
+     "best ones at any temperature, and verified node by node. All keep the target's distribution."),
     ("Intervals", "95%, bootstrap over prompts."),
 )  # fmt: skip
 
@@ -76,9 +85,29 @@ def temperature_name(temperature: float) -> str:
     return f"T={temperature:g}"
 
 
+def drafting_of(entry: Json) -> Drafting:
+    """How a result was drafted, but for its sampling."""
+    return Drafting(**{name: entry["drafting"][name] for name in Drafting._fields})
+
+
+def is_main(entry: Json, results: Sequence[Json]) -> bool:
+    """Whether an entry of ``results`` is one of the main drafting, which comes first."""
+    return drafting_of(entry) == drafting_of(results[0])
+
+
+def main_results(report: Json) -> list[Json]:
+    """The results of the main drafting."""
+    return [entry for entry in report["results"] if is_main(entry, report["results"])]
+
+
 def overall(report: Json) -> list[Json]:
-    """The results over all prompts, one per temperature."""
-    return [entry for entry in report["results"] if entry["category"] is None]
+    """The results of the main drafting over all prompts, one per temperature."""
+    return [entry for entry in main_results(report) if entry["category"] is None]
+
+
+def has_beside(report: Json) -> bool:
+    """Whether there are draftings beside the main one."""
+    return len(main_results(report)) < len(report["results"])
 
 
 def diverged(entry: Json) -> str:
@@ -152,9 +181,41 @@ RESULT_COLUMNS: tuple[tuple[str, Callable[[Json], str]], ...] = (
 
 
 def result_rows(report: Json) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of all results."""
-    cells = [[write(entry) for _, write in RESULT_COLUMNS] for entry in report["results"]]
+    """Header and cells of the table of all results of the main drafting."""
+    cells = [[write(entry) for _, write in RESULT_COLUMNS] for entry in main_results(report)]
     return [name for name, _ in RESULT_COLUMNS], cells
+
+
+BESIDE_COLUMNS: tuple[tuple[str, Callable[[Json], str], Callable[[Json], str]], ...] = (
+    ("T", lambda plain: f"{plain['temperature']:g}", lambda entry: f"{entry['temperature']:g}"),
+    ("drafting", lambda _: PLAIN, lambda entry: drafting_of(entry).name),
+    ("AL [95%]", lambda _: NONE, length_of),
+    ("drafted", lambda _: NONE, lambda entry: rate(entry["drafted_per_round"])),
+    ("accepted", lambda _: NONE, lambda entry: percent(entry["acceptance_rate"])),
+    ("ms a round", lambda plain: f"{rate(plain['baseline_token_ms'])} a token", lambda entry: rate(entry["round_ms"])),
+    ("TPS/user", lambda plain: rate(plain["baseline_tps_per_user"]), lambda entry: rate(entry["tps_per_user"])),
+    ("speed-up [95%]", lambda _: NONE, speedup_of),
+    ("diverged", lambda _: NONE, diverged),
+)
+BESIDE = "Draftings side by side"
+HOW_TO_READ_COST = (
+    "A round takes its milliseconds and gives AL tokens: the one divided by the other is ms a token, to be set beside "
+    "plain decoding's in the first row of each temperature."
+)
+
+
+def draftings_rows(report: Json, without: Sequence[str] = ()) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of all draftings over all prompts: per temperature plain decoding, then each.
+
+    Columns ``without`` are left out, where there is no room for all.
+    """
+    columns = [column for column in BESIDE_COLUMNS if column[0] not in without]
+    rows = []
+    for first in overall(report):
+        warm = [e for e in report["results"] if e["category"] is None and e["temperature"] == first["temperature"]]
+        rows.append([plain(first) for _, plain, _ in columns])
+        rows += [[write(entry) for _, _, write in columns] for entry in warm]
+    return [name for name, _, _ in columns], rows
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

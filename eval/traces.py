@@ -3,26 +3,30 @@
 ``eval/traces.jsonl`` holds one JSON object per answer, with the fields of :class:`Trace`:
 
     {"prompt_id": "a1b2", "source": "explain", "prompt": "What does ... do?", "temperature": 0.0, "mode": "speculative",
-     "seed": 12, "input_tokens": 61, "ids": [17, 300, 6], "pieces": ["It", " returns", "<|eot|>"],
+     "drafting": "chain 5", "seed": 12, "input_tokens": 61, "ids": [17, 300, 6], "pieces": ["It", " returns", "<|eot|>"],
      "authors": ["target", "draft", "target"], "repeated": [false, false, false], "finish": "stop",
      "rounds": [{"drafted": 5, "accepted": 1, "emitted": 2}], "ttft_s": 0.011, "total_s": 0.034, "lossless": null}
 
 * ``prompt``: the last message of the user, to be shown. ``input_tokens``: the whole prompt in the target's chat format.
-* ``mode``: ``baseline`` (target alone, ``rounds`` is empty, every author is ``target``) or ``speculative``. The two
-  answers of a prompt at a temperature are decoded one right after the other, and stand so in the file.
+* ``mode``: ``baseline`` (target alone, ``rounds`` is empty, every author is ``target``) or ``speculative``.
+  ``drafting``: null or how its rounds drafted, ``chain K`` or ``tree TOTAL/DEPTH/TOP_K``. The answers to a prompt at a
+  temperature are decoded one right after the other, and stand together in the file: the baseline, then the main chain's
+  (``eval.chain``), then those of ``eval.beside``. Every one is compared with the same baseline.
 * ``pieces``: the text of each token; joined they are the answer. A token that ends inside a character has "" and the
   token that completes the character has it.
 * ``authors``: who proposed each token. Token 0 comes from the target's prefill.
 * ``repeated``: whether the 8-gram that ends in the token stands earlier in the same answer.
 * ``finish``: ``stop`` (an end token) or ``length`` (cut at the limit).
 * ``rounds``: in order, from token 1 on. A round emits its accepted tokens and one of the target's; ``emitted`` is less
-  than ``accepted + 1`` where the answer was trimmed at its end token. Rounds with ``drafted`` 0 count in no metric.
-* ``ttft_s``: from the start of the request to its first token; ``total_s``: to its last.
+  than ``accepted + 1`` where the answer was trimmed at its end token. ``drafted``: tokens that the target verified; of a
+  tree its nodes, root excluded. Rounds with ``drafted`` 0 count in no metric of acceptance.
+* ``ttft_s``: from the start of the request to its first token; ``total_s``: to its last. Between the two there is
+  nothing but the rounds, or, of a baseline, the tokens after the first.
 * ``lossless``: at T=0, on speculative answers, the comparison with the baseline: ``{"equal": true, "position": null,
   "gap": null}``, or the first differing position and the target's top-2 logit gap there; a gap below 1e-4 is a tie.
 
-Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"chain": 5, "temperatures":
-[...], "prompts": 48, "max_new_tokens": 128, "sampling": "sampled", "dtype": "float32"}, "seed": 0, "batch": 1,
+Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"engine": "native", "chain": 5, "beside":
+["tree 60/7/10"], "temperatures": [...], "prompts": 48, "max_new_tokens": 128, "sampling": "sampled", "dtype": "float32"}, "seed": 0, "batch": 1,
 "engine": "...", "target": {...}, "draft": {...}, "environment": {...}}``.
 """
 
@@ -74,6 +78,7 @@ class Trace:
     prompt: str
     temperature: float
     mode: str
+    drafting: str | None
     seed: int
     input_tokens: int
     ids: tuple[int, ...]
@@ -87,9 +92,9 @@ class Trace:
     lossless: Lossless | None = None
 
     @property
-    def key(self) -> tuple[str, float, str]:
+    def key(self) -> tuple[str, float, str | None]:
         """What there is one trace of."""
-        return self.prompt_id, self.temperature, self.mode
+        return self.prompt_id, self.temperature, self.drafting
 
     def inside_repeats(self) -> list[bool]:
         """Per round, whether all the tokens it emitted are repeated."""
@@ -120,15 +125,15 @@ def read_traces(path: Path) -> list[Trace]:
         return [Trace.from_line(line) for line in file]
 
 
-def resume(path: Path) -> int:
-    """How many pairs of answers ``path`` holds; what a crash left behind the last whole pair is cut off."""
+def resume(path: Path, size: int) -> int:
+    """How many groups of ``size`` answers ``path`` holds; what a crash left behind the last whole group is cut off."""
     if not path.exists():
         return 0
     with path.open("r+b") as file:
         lines = [line for line in file if line.endswith(b"\n")]
-        pairs = len(lines) // 2
-        file.truncate(sum(len(line) for line in lines[: 2 * pairs]))
-    return pairs
+        groups = len(lines) // size
+        file.truncate(sum(len(line) for line in lines[: size * groups]))
+    return groups
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 from eagle3 import cli
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.loader import describe, load
+from eagle3.configs.settings import TargetSettings
 
 Outcome = Callable[[cli.Run], None]
 
@@ -144,6 +146,33 @@ def test_the_target_is_loaded_once_and_only_when_needed(pipeline: Pipeline, monk
     pipeline.outcome = dict.fromkeys(("regenerate", "record", "eval"), lambda run: run.target)
     assert cli.main(["run", "tiny"]) == 0
     assert loaded == [load("tiny").target]
+
+
+def test_the_evaluation_takes_transformers_model_where_it_wants_it(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of an earlier stage if it is the same; the native engine lets go of it, and loads its own."""
+    loaded = []
+
+    def load_target(settings: TargetSettings) -> str:
+        loaded.append(settings)
+        return f"target {len(loaded)}"
+
+    monkeypatch.setattr(cli, "targets", SimpleNamespace(load_target=load_target))
+    seen, tiny = [], load("tiny").target
+    other = replace(tiny, dtype="bfloat16")
+    pipeline.outcome = {
+        "regenerate": lambda run: seen.append(run.target),
+        "eval": lambda run: seen.extend([[*map(run.evaluating, (tiny, other))], "target" in vars(run)]),
+    }
+    assert cli.main(["run", "tiny", "eval.engine=transformers", "eval.beside="]) == 0
+    assert [*seen[:1], *seen[1], *seen[2:]] == ["target 1", "target 1", "target 2", True]
+    assert loaded == [tiny, other]
+    seen.clear()
+    loaded.clear()
+    pipeline.outcome["eval"] = lambda run: seen.extend([run.evaluating and "ready", "target" in vars(run)])
+    assert cli.main(["run", "tiny"]) == 0
+    assert seen == ["target 1", "ready", False] and loaded == [tiny]
 
 
 def test_where_servers_answer_no_weights_are_loaded(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

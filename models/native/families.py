@@ -118,4 +118,4 @@ def family_of(config: PretrainedConfig, name: str) -> tuple[Family, DecoderConfi
 
 
 def _refusal(name: str, problem: str, remedy: str) -> UserError:
-    return UserError(SETTING, name, problem, remedy)
+    return UserError(SETTING, name, problem, f"{remedy}, or set eval.engine or record.engine to transformers")

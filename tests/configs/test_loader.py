@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from eagle3.configs import limits, loader
+from eagle3.configs import drafting, limits, loader
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import Settings
 
@@ -66,6 +66,9 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
         ("eval.temperatures=0,1e-1", (0.0, 0.1)),
         ("train.betas=0.9,0.99", (0.9, 0.99)),
         (" train.epochs = 3 ", 3),
+        ("eval.beside=chain 7, tree 60/7/10", ("chain 7", "tree 60/7/10")),
+        ("eval.beside=[tree 8/2/4]", ("tree 8/2/4",)),
+        ("eval.beside=", ()),
     ],
 )
 def test_overrides_have_the_type_of_their_field(recipe: Path, override: str, value: object) -> None:
@@ -126,6 +129,7 @@ def test_overrides_that_cannot_be(recipe: Path, override: str, message: str) -> 
         ("train.learning_rate=0", "give more than 0"),
         ("eval.chain=0", "eval.chain = 0: 0 makes no sense here; give 1 or more"),
         ("eval.sampling=beam", "choose one of sampled, greedy"),
+        ("eval.engine=vllm", "eval.engine = vllm: not supported; choose one of native, transformers"),
         ("draft.head_dim=7", "draft.head_dim = 7: rotary embeddings turn pairs; give an even number"),
     ],
 )
@@ -209,6 +213,47 @@ def test_every_limit_and_choice_belongs_to_a_setting() -> None:
         if setting.type.startswith(("int", "float", "tuple[int", "tuple[float"))
     }
     assert numbers == limits.LIMITS.keys()
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("tree 60", '[tree 60]: "tree 60" is no drafting; write chain K, or tree TOTAL/DEPTH/TOP_K, such as tree 60/7/10'),
+        ("chain 7, forest 9/3/3", '[chain 7, forest 9/3/3]: "forest 9/3/3" is no drafting; write chain K'),
+        ("7", "eval.beside = 7: it is a whole number; give a text"),
+        ("chain -1", '"chain -1" is no drafting'),
+        ("chain 7/2/2", '"chain 7/2/2" is no drafting'),
+        ("tree 60/7/10/2", '"tree 60/7/10/2" is no drafting'),
+        ("chain 0", '"chain 0" has a 0 in it; write chain K'),
+        ("tree 0/0/3", '"tree 0/0/3" has a 0 in it'),
+        ("tree 6/3/0", '"tree 6/3/0" has a 0 in it'),
+        ("tree 6/7/10", '"tree 6/7/10" verifies fewer nodes than it has levels'),
+        ("tree 9/3/3,tree 09/3/3", "tree 9/3/3 stands twice, eval.chain = 5 counted; give each once"),
+        ("chain 7,chain 5", "chain 5 stands twice, eval.chain = 5 counted; give each once"),
+    ],
+)  # fmt: skip
+def test_draftings_beside_the_chain(recipe: Path, given: str, complaint: str) -> None:
+    said = refusal(recipe, "eval.chain=5", f"eval.beside={given}")
+    assert said.startswith("eval.beside = ") and complaint in said
+    assert "\n" not in said
+
+
+def test_only_the_native_engine_verifies_trees(recipe: Path) -> None:
+    assert loader.load(recipe, ["eval.engine=transformers", "eval.beside=chain 7"]).eval.beside == ("chain 7",)
+    assert refusal(recipe, "eval.engine=transformers", "eval.beside=chain 7, tree 60/7/10") == (
+        "eval.beside = [chain 7, tree 60/7/10]: transformers (eval.engine) cannot verify a tree 60/7/10; leave trees out, "
+        "or set eval.engine=native"
+    )
+
+
+def test_draftings_are_what_their_names_say() -> None:
+    assert drafting.named(5, ["chain  7", " tree 60/7/10 "]) == (
+        ("chain", 5, None, 1),
+        ("chain", 7, None, 1),
+        ("tree", 7, 60, 10),
+    )
+    assert [found.name for found in drafting.named(5, ["tree 060/7/10"])] == ["chain 5", "tree 60/7/10"]
+    assert [found.most for found in drafting.named(5, ["tree 60/7/10"])] == [5, 60]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from eagle3.cli import main
+from eagle3.configs.loader import load, save
+from eagle3.eval import export
+from eagle3.eval.engines import load_engine
+from eagle3.eval.serving import Served, decode_all
+from eagle3.models.checkpoint import load_draft
 from eagle3.models.formats import FORMATS
+from eagle3.models.target import Target
 from safetensors.torch import load_file, save_file
 
 
@@ -60,6 +67,42 @@ def test_a_head_that_was_changed_is_told(trained: Path, tmp_path: Path, capsys: 
     save_file(tensors, out / "model.safetensors")
     assert main(["export", str(trained), "--format", "vllm", "--out", str(out), "--check"]) == 3
     assert "vLLM: there is no lm_head.weight, which it leaves uninitialised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_live_engine_is_compared_with_the_recipes_engine(
+    engine: str, trained: Path, tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What transformers' model says stands in for a live engine's answers; then one token of them is another."""
+    run, out = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "head"
+    chosen = ["eval.max_new_tokens=6", f"eval.engine={engine}"]
+    save(load(run / "config.yaml", chosen), run / "config.yaml")
+    draft, wrong, used = load_draft(run / "draft").eval(), list[int](), list[str]()
+
+    def load_noted(*arguments: Any) -> Any:
+        target = load_engine(*arguments)
+        used.append(type(target).__name__)
+        return target
+
+    def answer(_: Any, prompts: list[list[int]], most: int) -> Served:
+        served = decode_all(tiny_target, draft, prompts, 5, most)
+        for place in wrong:
+            served.answers[0][place] ^= 1
+        return served
+
+    monkeypatch.setattr(export, "load_engine", load_noted)
+    monkeypatch.setattr(export, "connect", lambda url: SimpleNamespace(url=url))
+    monkeypatch.setattr(export, "ask", answer)
+    assert main(["export", str(run), "--format", "hf", "--out", str(out)]) == 0
+    command = ["export", str(run), "--format", "hf", "--out", str(out), "--check", "--against", "http://it"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "4 test prompts, greedy, chain of 5, float32 here" in said
+    assert "the same tokens, and accepted counts within 1% at every position" in said
+    wrong.append(2)
+    assert main(command) == 3
+    assert "prompt 1: it says something else from token 2 on" in capsys.readouterr().err
+    assert used == ["NativeTarget" if engine == "native" else "Target"] * 2
 
 
 @pytest.mark.parametrize(

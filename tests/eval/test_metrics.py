@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from eagle3.eval.metrics import Choice, acceptance, losslessness, ratio, results, rounds_of, speed, warnings
+from eagle3.eval.cautions import warnings
+from eagle3.eval.metrics import Choice, acceptance, losslessness, ratio, results, rounds_of, speed
 from eagle3.eval.traces import BASELINE, SPECULATIVE, Lossless, Round, Trace
 
 #: Schema 1 of report.json, and what stands beside it here.
@@ -19,10 +20,11 @@ KEYS = (
     "acceptance_rate", "acceptance_length", "acceptance_length_ci95", "acceptance_by_position",
     "acceptance_by_position_ci95", "ttft_s", "tps_per_user", "tps_per_user_ci95", "tps_per_user_e2e",
     "baseline_tps_per_user", "speedup", "speedup_ci95", "losslessness", "without_repeats",
+    "round_ms", "drafted_per_round", "baseline_token_ms",
 )  # fmt: skip
 EVALUATION: dict[str, Any] = {
     "benchmark": "bench", "seed": 5, "batch": 1, "engine": "engine 1",
-    "settings": {"chain": 3, "sampling": "sampled", "dtype": "float32"},
+    "settings": {"chain": 3, "beside": [], "sampling": "sampled", "dtype": "float32"},
 }  # fmt: skip
 
 
@@ -32,6 +34,7 @@ def answer(
     *,
     tokens: int = 0,
     mode: str = SPECULATIVE,
+    drafting: str = "chain 3",
     seconds: tuple[float, float] = (0.5, 2.5),
     repeated: Sequence[int] = (),
     source: str = "code",
@@ -42,7 +45,8 @@ def answer(
     """An answer of (drafted, accepted, emitted) rounds, or of so many tokens; ``repeated`` are indices of tokens."""
     count = tokens or 1 + sum(emitted for *_, emitted in rounds)
     return Trace(
-        prompt_id=prompt_id, source=source, prompt="?", temperature=temperature, mode=mode, seed=0,
+        prompt_id=prompt_id, source=source, prompt="?", temperature=temperature, mode=mode,
+        drafting=drafting if mode == SPECULATIVE else None, seed=0,
         input_tokens=input_tokens, ids=tuple(range(count)), pieces=("x",) * count, authors=("target",) * count,
         repeated=tuple(index in repeated for index in range(count)), finish="length",
         rounds=tuple(Round(*entry) for entry in rounds), ttft_s=seconds[0], total_s=seconds[1], lossless=lossless,
@@ -70,6 +74,15 @@ def test_positions_reach_as_far_as_anything_was_drafted() -> None:
     counted = acceptance([answer("a", [(4, 0, 1), (2, 2, 3)])])
     assert [p.value for p in counted.by_position] == [1 / 2, 1 / 2, 0, 0]
     assert counted.conditional[:3] == [1 / 2, 1, 0] and math.isnan(counted.conditional[3])
+
+
+def test_positions_of_a_tree_are_its_levels() -> None:
+    """9 nodes in 3 levels, of which paths of 3, 0 and 1 stand."""
+    counted = acceptance([answer("a", [(9, 3, 4), (9, 0, 1), (8, 1, 2)], drafting="tree 9/3/3")], levels=3)
+    assert (counted.rounds, counted.drafted, counted.accepted, counted.rate) == (3, 26, 4, 4 / 26)
+    assert [p.value for p in counted.by_position] == pytest.approx([2 / 3, 1 / 3, 1 / 3])
+    assert counted.conditional == pytest.approx([2 / 3, 1 / 2, 1])
+    assert counted.length.value == pytest.approx(1 + 4 / 3)
 
 
 def test_sums_are_taken_over_prompts_before_dividing() -> None:
@@ -123,6 +136,8 @@ def test_speed_by_hand() -> None:
     assert found.speedup.value == pytest.approx(9 / 6)
     assert found.tps_per_user_e2e == pytest.approx(13 / 8)
     assert (found.ttft_s, found.baseline_ttft_s) == (1.0, 0.75)
+    assert found.round_ms == pytest.approx(1000 * (2 + 4) / 3)
+    assert found.baseline_token_ms == pytest.approx(1000 * (4 + 5) / 11)
 
 
 def test_speed_pairs_answers_whatever_their_order() -> None:
@@ -132,6 +147,7 @@ def test_speed_pairs_answers_whatever_their_order() -> None:
 def test_answers_of_one_token_have_no_speed() -> None:
     found = speed([answer("a", tokens=1, mode=mode, seconds=(1.0, 1.0)) for mode in (BASELINE, SPECULATIVE)])
     assert found.tps_per_user.json is None and found.speedup.json is None
+    assert math.isnan(found.round_ms) and math.isnan(found.baseline_token_ms)
     assert found.tps_per_user_e2e == 1.0
 
 
@@ -233,6 +249,7 @@ def test_a_row_by_hand() -> None:
         "conditional_acceptance_by_position": [1, 1, 0.5], "ttft_s": 1, "tps_per_user": 3, "tps_per_user_ci95": [3, 3],
         "tps_per_user_e2e": 7 / 3, "baseline_tps_per_user": 2, "speedup": 1.5, "speedup_ci95": [1.5, 1.5],
         "losslessness": {"answers": 3, "diverged": 1, "ties": 1, "largest_gap": 0.25}, "repeated_tokens": 0,
+        "round_ms": 1000, "drafted_per_round": 3, "baseline_token_ms": 500,
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
     assert row["without_repeats"]["acceptance_length"] == 3.5
@@ -242,6 +259,41 @@ def test_greedy_rows_were_drafted_greedily() -> None:
     cold, *_, warm = results(MIXED, EVALUATION)
     assert cold["drafting"] == {"method": "chain", "length": 3, "total": None, "top_k": 1, "sampling": "greedy"}
     assert warm["drafting"]["sampling"] == "sampled"
+
+
+BESIDE = {**EVALUATION, "settings": {**EVALUATION["settings"], "beside": ["tree 9/2/3"]}}
+
+
+def both(temperature: float, prompt_id: str, lossless: Lossless | None = None) -> list[Trace]:
+    """A plain answer in 3 seconds after the first token, the chain's in 2, and a tree's of two rounds in 1.5."""
+    grown = answer(prompt_id, [(9, 2, 3), (7, 1, 3)], seconds=(1.0, 2.5), temperature=temperature, lossless=lossless,
+                   source="prose", drafting="tree 9/2/3", repeated=(4, 5, 6))  # fmt: skip
+    return [*at(temperature, "prose", prompt_id, lossless and Lossless(True)), grown]
+
+
+def test_every_drafting_has_its_rows_against_the_same_baseline() -> None:
+    found = results([*both(1.0, "b"), *both(0.0, "a", Lossless(False, 3, 0.5))], BESIDE)
+    cold, warm = (
+        [(temperature, method, category) for method in ("chain", "tree") for category in (None, "prose")]
+        for temperature in (0.0, 1.0)
+    )
+    assert [(row["temperature"], row["drafting"]["method"], row["category"]) for row in found] == [*cold, *warm]
+    chained, grown = found[0], found[2]
+    assert chained["drafting"] == {"method": "chain", "length": 3, "total": None, "top_k": 1, "sampling": "greedy"}
+    assert grown["drafting"] == {"method": "tree", "length": 2, "total": 9, "top_k": 3, "sampling": "greedy"}
+    assert [row["drafting"]["sampling"] for row in found[4::2]] == ["sampled", "greedy"]
+    assert [row["n_prompts"] for row in found] == [1] * 8
+    assert (chained["speedup"], grown["speedup"]) == (1.5, 2.0)
+    assert (chained["round_ms"], grown["round_ms"]) == (1000, 750)
+    assert chained["baseline_token_ms"] == grown["baseline_token_ms"] == 500
+    assert (chained["drafted_per_round"], grown["drafted_per_round"]) == (3, 8)
+    assert (chained["acceptance_rate"], grown["acceptance_rate"]) == (5 / 6, 3 / 16)
+    assert (chained["acceptance_length"], grown["acceptance_length"]) == (3.5, 2.5)
+    assert grown["acceptance_by_position"] == [1, 0.5] and grown["without_repeats"]["acceptance_by_position"] == [1, 1]
+    assert (chained["losslessness"]["diverged"], grown["losslessness"]["diverged"]) == (0, 1)
+    assert warnings(found) == [
+        "all prompts at T=0, tree 9/2/3: 1 of 1 answers differ from plain decoding (largest top-2 gap 0.5)"
+    ]
 
 
 def test_losslessness_is_of_greedy_answers() -> None:
@@ -270,7 +322,7 @@ def raced(accepted: int, factors: Sequence[float]) -> list[dict[str, Any]]:
 
 def test_a_speedup_above_the_acceptance_length_is_an_error_in_the_measurement() -> None:
     said = warnings(raced(1, [2.5, 3.0]))
-    assert [line.partition(":")[0] for line in said] == ["all prompts at T=0", "code at T=0"]
+    assert [line.partition(":")[0] for line in said] == ["all prompts at T=0, chain 3", "code at T=0, chain 3"]
     assert all(
         "from 2.50 on, lies above the acceptance length 2.00: an error in the measurement" in line for line in said
     )
@@ -283,4 +335,4 @@ def test_a_speedup_that_may_be_below_the_acceptance_length_is_none(factors: list
 
 def test_answers_that_differ_are_warned_of_once() -> None:
     (said,) = warnings(results(MIXED, EVALUATION))
-    assert said == "all prompts at T=0: 1 of 3 answers differ from plain decoding (largest top-2 gap 0.25)"
+    assert said == "all prompts at T=0, chain 3: 1 of 3 answers differ from plain decoding (largest top-2 gap 0.25)"

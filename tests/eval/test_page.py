@@ -142,6 +142,18 @@ def test_page_has_what_a_person_looks_at_first(text: str) -> None:
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
 
 
+def test_draftings_stand_side_by_side_where_there_are_several(tmp_path: Path, text: str) -> None:
+    folder: Path = load_example().write_run(tmp_path / "several", beside=True)
+    write_report(folder)
+    shown = (folder / "eval" / "report.html").read_text()
+    page = Page(shown)
+    assert "Draftings side by side" in shown and "Draftings side by side" not in text
+    assert shown.count("<td>tree 9/3/2</td>") == 2 and shown.count("<td>none</td>") == 2
+    assert len(page.answers) == 4  # the main drafting's
+    assert shown.count("of 3 drafted tokens accepted") and "of 9 drafted tokens accepted" not in shown
+    assert shown.count("<svg") == text.count("<svg")
+
+
 def test_ties_are_not_passed_over(tmp_path: Path) -> None:
     folder: Path = load_example().write_run(tmp_path / "ties", temperatures=(0.0,), sources=("a",))
     path = folder / "eval" / "traces.jsonl"

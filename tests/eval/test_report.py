@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
 from eagle3.data.files import encode_json
 from eagle3.eval.report import compare, summary_table, write_report
+from eagle3.eval.tables import draftings_rows
 from eagle3.eval.traces import BASELINE, SPECULATIVE, Lossless, Round, Trace
 from eagle3.models.repeats import repeated
 
-CHAIN = 3
+CHAIN, TREE = 3, "tree 9/3/2"
 HOSTILE = ("<script>alert(1)</script>", "&amp;", "a\nb", "|", "\x1b", "", '"quoted"', "é")
 
 NUMBER = (int, float)
@@ -27,7 +29,7 @@ RESULT: dict[str, Any] = {
     "acceptance_length": NUMBER, "acceptance_length_ci95": list, "acceptance_by_position": list,
     "acceptance_by_position_ci95": list, "ttft_s": NUMBER, "tps_per_user": NUMBER, "tps_per_user_ci95": list,
     "tps_per_user_e2e": NUMBER, "baseline_tps_per_user": NUMBER, "speedup": NUMBER, "speedup_ci95": list,
-    "losslessness": (dict, type(None)),
+    "losslessness": (dict, type(None)), "round_ms": NUMBER, "drafted_per_round": NUMBER, "baseline_token_ms": NUMBER,
 }  # fmt: skip
 REPORT: dict[str, Any] = {
     "schema": int, "run": str, "target": dict, "draft": dict, "environment": dict, "results": list, "warnings": list,
@@ -39,8 +41,10 @@ WITHOUT_REPEATS = (
 )  # fmt: skip
 
 
-def pair(source: str, number: int, temperature: float, accepted: tuple[int, ...]) -> tuple[Trace, Trace]:
-    """Two answers of the same tokens: plain ones take 10 ms each, a round takes 16 ms."""
+def answers(
+    source: str, number: int, temperature: float, accepted: tuple[int, ...], chain: int = CHAIN, beside: bool = False
+) -> list[Trace]:
+    """Answers of the same tokens: plain ones take 10 ms each, a round of the chain 16 ms, and one of a tree 12 ms."""
     emitted = sum(count + 1 for count in accepted)
     ids = tuple((7 * number + index) % 50 for index in range(emitted + 1))
     authors = ["target"] + [name for count in accepted for name in ["draft"] * count + ["target"]]
@@ -49,19 +53,32 @@ def pair(source: str, number: int, temperature: float, accepted: tuple[int, ...]
         "seed": number, "input_tokens": 20, "ids": ids, "pieces": tuple(HOSTILE[i % len(HOSTILE)] for i in ids),
         "repeated": tuple(repeated(ids)), "finish": "length", "ttft_s": 0.02,
     }  # fmt: skip
-    rounds = tuple(Round(CHAIN, count, count + 1) for count in accepted)
-    plain = Trace(**common, mode=BASELINE, authors=("target",) * len(ids), rounds=(), total_s=0.02 + 0.01 * emitted)
-    lossless = Lossless(True) if temperature == 0 else None
-    total = 0.02 + 0.016 * len(accepted)
-    return plain, Trace(
-        **common, mode=SPECULATIVE, authors=tuple(authors), rounds=rounds, total_s=total, lossless=lossless
+    plain = Trace(
+        **common, mode=BASELINE, drafting=None, authors=("target",) * len(ids), rounds=(), total_s=0.02 + 0.01 * emitted
     )
+    drafted = [(f"chain {chain}", chain, 0.016), *([(TREE, 9, 0.012)] if beside else [])]
+    return [plain] + [
+        Trace(
+            **common,
+            mode=SPECULATIVE,
+            drafting=name,
+            authors=tuple(authors),
+            rounds=tuple(Round(nodes, count, count + 1) for count in accepted),
+            total_s=0.02 + seconds * len(accepted),
+            lossless=Lossless(True) if temperature == 0 else None,
+        )
+        for name, nodes, seconds in drafted
+    ]
 
 
 def write_run(
-    folder: Path, temperatures: tuple[float, ...] = (0.0, 1.0), sources: tuple[str, ...] = ("code", "<i>|prose")
+    folder: Path,
+    temperatures: tuple[float, ...] = (0.0, 1.0),
+    sources: tuple[str, ...] = ("code", "<i>|prose"),
+    chain: int = CHAIN,
+    beside: bool = False,
 ) -> Path:
-    """A run that was evaluated, with training log and recipe."""
+    """A run that was evaluated, with training log and recipe; with a tree ``beside`` the chain, if so."""
     for name in ("eval", "train"):
         (folder / name).mkdir(parents=True)
     traces = [
@@ -69,13 +86,14 @@ def write_run(
         for temperature in temperatures
         for source in sources
         for number in range(3)
-        for trace in pair(source, number, temperature, (3, number, 0, 2))
+        for trace in answers(source, number, temperature, (3, number, 0, 2), chain, beside)
     ]
     (folder / "eval" / "traces.jsonl").write_bytes(b"".join(trace.to_line() for trace in traces))
     description = {
         "schema": 1, "benchmark": "bench", "seed": 0, "batch": 1, "engine": "engine 1",
-        "settings": {"draft": None, "chain": CHAIN, "temperatures": list(temperatures), "prompts": 6, "max_new_tokens": 8,
-                     "sampling": "sampled", "dtype": "float32"},
+        "settings": {"draft": None, "engine": "native", "chain": chain, "beside": [TREE] if beside else [],
+                     "temperatures": list(temperatures), "prompts": 6, "max_new_tokens": 8, "sampling": "sampled",
+                     "dtype": "float32"},
         "target": {"name": "<target>", "weights_sha256": "ab" * 32, "num_layers": 4, "hidden_size": 8,
                    "vocab_size": 50},
         "draft": {"draft_vocab_size": 40, "vocab_size": 50, "parameters": 1234, "weights_sha256": "cd" * 32,
@@ -146,7 +164,7 @@ def test_figures_are_those_of_the_traces(run_dir: Path) -> None:
 
 
 def test_loops_are_counted_and_warned_of(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "loops", temperatures=(0.0,), sources=("a",))
+    folder = write_run(tmp_path / "loops", temperatures=(0.0,), sources=("a",), beside=True)
     path = folder / "eval" / "traces.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:  # 100 rounds that emit one token more than 8 tokens that repeat themselves
@@ -155,10 +173,11 @@ def test_loops_are_counted_and_warned_of(tmp_path: Path) -> None:
         line.update(ids=ids, pieces=["x"] * 401, authors=["target"] * 401, repeated=repeated(ids), rounds=rounds)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = write_report(folder)
-    (entry, _) = report["results"]
+    entry = report["results"][0]
     assert entry["rounds"] == 300 and entry["without_repeats"]["rounds"] == 12
     assert entry["repeated_ngram_rate"] == pytest.approx(386 / 394)
-    assert any("98% of the 8-grams" in warning for warning in report["warnings"])
+    told = [warning for warning in report["warnings"] if "98% of the 8-grams" in warning]
+    assert len(told) == 1 and told[0].startswith("all prompts at T=0, chain 3: ")
     assert "98% of the 8-grams" in summary_table(report)
     assert "98% of the 8-grams" in (folder / "eval" / "report.html").read_text()
 
@@ -179,7 +198,7 @@ def test_training_log_prompts_and_recipe_are_optional(tmp_path: Path) -> None:
 
 def test_no_counted_round_leaves_gaps_and_no_figures(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "short", temperatures=(1.0,), sources=("a",))
-    lines = [trace.to_line() for number in range(3) for trace in pair("a", number, 1.0, ())]
+    lines = [trace.to_line() for number in range(3) for trace in answers("a", number, 1.0, ())]
     (folder / "eval" / "traces.jsonl").write_bytes(b"".join(lines))
     report = write_report(folder)
     assert report["results"][0]["acceptance_length"] is None and report["results"][0]["speedup"] is None
@@ -216,13 +235,80 @@ def test_compare_sets_runs_side_by_side(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_compare_says_what_is_not_like_with_like(run_dir: Path, tmp_path: Path) -> None:
-    other = write_run(tmp_path / "other")
+    other = write_run(tmp_path / "other", chain=4)
     path = other / "eval" / "eval.json"
     description = json.loads(path.read_text())
-    description["settings"]["chain"], description["target"]["weights_sha256"] = 4, "ef" * 32
+    description["target"]["weights_sha256"] = "ef" * 32
     path.write_text(json.dumps(description))
     write_report(other)
     assert "the runs differ in target, drafting." in compare([run_dir, other])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a tree beside its chain, and its report."""
+    folder = write_run(tmp_path_factory.mktemp("several") / "demo", beside=True)
+    write_report(folder)
+    return folder
+
+
+def test_what_a_report_shows_of_the_main_drafting_does_not_change_with_others_beside_it(
+    run_dir: Path, several: Path
+) -> None:
+    alone, beside = (json.loads((run / "eval" / "report.json").read_text()) for run in (run_dir, several))
+    assert [entry for entry in beside["results"] if entry["drafting"]["method"] == "chain"] == alone["results"]
+    assert len(beside["results"]) == 2 * len(alone["results"])
+    assert {key: beside[key] for key in beside if key not in ("results", "command")} == {
+        key: alone[key] for key in alone if key not in ("results", "command")
+    }
+    assert summary_table(beside).startswith(summary_table(alone))
+    rows = [line.split("|")[2:] for line in compare([run_dir, several]).splitlines()]
+    assert all(len({cell.strip() for cell in cells[:2]}) == 1 for cells in rows[2:] if cells)
+    with_tree, without = ((run / "eval" / "report.md").read_text() for run in (several, run_dir))
+    section = with_tree.partition("## Draftings side by side")[2].partition("\n## ")[0]
+    rest = with_tree.replace(f"## Draftings side by side{section}\n", "")
+    assert rest.replace(str(several), str(run_dir)) == without
+
+
+def test_draftings_stand_side_by_side(several: Path) -> None:
+    report = json.loads((several / "eval" / "report.json").read_text())
+    chained, grown = report["results"][0], report["results"][3]
+    assert grown["drafting"] == {"method": "tree", "length": 3, "total": 9, "top_k": 2, "sampling": "greedy"}
+    assert (chained["round_ms"], grown["round_ms"]) == pytest.approx((16, 12))
+    assert chained["speedup"] < grown["speedup"]
+    header, rows = draftings_rows(report)
+    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [(row["T"], row["drafting"]) for row in cells] == [
+        (t, name) for t in ("0", "1") for name in ("none", "chain 3", TREE)
+    ]
+    assert [row["ms a round"] for row in cells[:3]] == ["10.0 a token", "16.0", "12.0"]
+    assert [row["drafted"] for row in cells[:3]] == ["\u2013", "3.00", "9.00"]
+    assert [row["accepted"] for row in cells[:3]] == ["\u2013", "50%", "17%"]
+    assert [row["diverged"] for row in cells] == ["\u2013", "0 of 6", "0 of 6"] + ["\u2013"] * 3
+    shown = summary_table(report).splitlines()
+    assert sum(TREE in line for line in shown) == 2 and max(map(len, shown[1:])) <= 100
+    text = (several / "eval" / "report.md").read_text()
+    assert "## Draftings side by side" in text and f"| {TREE} |" in text
+
+
+def test_a_drafting_that_slows_the_target_down_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "slow", temperatures=(0.0,), sources=("a",), beside=True)
+    path = folder / "eval" / "traces.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["total_s"] *= 9 if line["drafting"] == TREE else 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write_report(folder)["warnings"] == [f"all prompts at T=0, {TREE}: the draft slows the target down"]
+
+
+def test_answers_of_a_drafting_that_was_not_asked_for_or_is_missing(several: Path, tmp_path: Path) -> None:
+    for number, beside in enumerate(([], [TREE, "chain 9"], ["tree 9/3/3"])):
+        folder = Path(shutil.copytree(several, tmp_path / f"{number}"))
+        description = json.loads((folder / "eval" / "eval.json").read_text())
+        description["settings"]["beside"] = beside
+        (folder / "eval" / "eval.json").write_text(json.dumps(description))
+        with pytest.raises(UserError, match=r"as many answers of every drafting \(plain: 12, chain 3: 12, tree"):
+            write_report(folder)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
@@ -269,7 +355,7 @@ def test_an_imported_head_that_accepts_less_than_its_card_says_is_told(tmp_path:
     assert report["simulated"] is None
     said = [line for line in report["warnings"] if "its card says" in line]
     assert len(said) == 1
-    assert said[0].startswith("T=0: its card says an acceptance length of 3.90, and here it is 2.")
+    assert said[0].startswith("T=0, chain 3: its card says an acceptance length of 3.90, and here it is 2.")
     assert "it may be misread (layers, norms fed back, RoPE, the order of features)" in said[0]
 
 

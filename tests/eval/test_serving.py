@@ -6,11 +6,13 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from eagle3.configs.errors import UserError
+from eagle3.configs.settings import TargetSettings
+from eagle3.eval.engines import AnyTarget, load_engine, next_logits
 from eagle3.eval.live import Counters, connect
 from eagle3.eval.serving import Served, ask, decode_all, differences
 from eagle3.models.draft import Eagle3Draft
@@ -102,9 +104,15 @@ def stub() -> Iterator[Stub]:
         thread.join()
 
 
+@pytest.fixture(scope="module", params=["native", "transformers"])
+def target(request: pytest.FixtureRequest, tiny_folder: Path, tiny_target: Target) -> AnyTarget:
+    """The tiny target, by either engine."""
+    return load_engine(TargetSettings(path=str(tiny_folder)), request.param, 64, lambda _: tiny_target)
+
+
 @pytest.fixture(scope="module")
-def ours(tiny_target: Target, new_draft: Callable[..., Eagle3Draft]) -> Served:
-    return decode_all(tiny_target, new_draft().eval(), PROMPTS, CHAIN, MOST)
+def ours(target: AnyTarget, new_draft: Callable[..., Eagle3Draft]) -> Served:
+    return decode_all(target, new_draft().eval(), PROMPTS, CHAIN, MOST)
 
 
 def test_counters_of_a_live_engine_are_what_was_added_while_it_was_asked(stub: Stub) -> None:
@@ -153,9 +161,9 @@ def test_another_kind_of_server_is_refused(stub: Stub) -> None:
 
 
 def test_our_decoder_counts_in_the_same_way(
-    ours: Served, tiny_target: Target, new_draft: Callable[..., Eagle3Draft]
+    ours: Served, target: AnyTarget, new_draft: Callable[..., Eagle3Draft]
 ) -> None:
-    plain = decode_all(tiny_target, None, PROMPTS, CHAIN, MOST)
+    plain = decode_all(target, None, PROMPTS, CHAIN, MOST)
     assert ours.answers == plain.answers
     assert plain.counters == counters(0, 0, 0)
     # A round emits what it accepts and one token more; the first token of an answer is of no round.
@@ -163,10 +171,10 @@ def test_our_decoder_counts_in_the_same_way(
     assert ours.counters.rounds <= emitted <= ours.counters.rounds + sum(ours.counters.by_position)
 
 
-def test_the_same_is_no_difference(ours: Served, tiny_target: Target) -> None:
+def test_the_same_is_no_difference(ours: Served, target: AnyTarget) -> None:
     exact = ours._replace(counters=counters(1000, 500, 200))
     close = ours._replace(counters=counters(1010, 505, 198))
-    assert differences(tiny_target, PROMPTS, exact, close) == []
+    assert differences(target, PROMPTS, exact, close) == []
 
 
 @pytest.mark.parametrize(
@@ -179,34 +187,33 @@ def test_the_same_is_no_difference(ours: Served, tiny_target: Target) -> None:
         (counters(1000, 500, 200, 50), ["it drafts 3 tokens a round, and 2 were compared"]),
     ],
 )
-def test_other_counts_are_told(ours: Served, tiny_target: Target, counted: Counters, said: list[str]) -> None:
+def test_other_counts_are_told(ours: Served, target: AnyTarget, counted: Counters, said: list[str]) -> None:
     exact = ours._replace(counters=counters(1000, 500, 200))
-    assert differences(tiny_target, PROMPTS, exact, exact._replace(counters=counted)) == said
+    assert differences(target, PROMPTS, exact, exact._replace(counters=counted)) == said
 
 
-def test_an_engine_without_figures_by_position_is_compared_in_all(ours: Served, tiny_target: Target) -> None:
+def test_an_engine_without_figures_by_position_is_compared_in_all(ours: Served, target: AnyTarget) -> None:
     exact = ours._replace(counters=counters(1000, 500, 200))
-    assert differences(tiny_target, PROMPTS, exact, exact._replace(counters=Counters(1000, 704, []))) == []
-    found = differences(tiny_target, PROMPTS, exact, exact._replace(counters=Counters(1000, 650, [])))
+    assert differences(target, PROMPTS, exact, exact._replace(counters=Counters(1000, 704, []))) == []
+    found = differences(target, PROMPTS, exact, exact._replace(counters=Counters(1000, 650, [])))
     assert found == ["in all: it accepted 650 drafted tokens, and our decoder 700"]
 
 
-def test_a_position_that_an_engine_never_reached_counts_as_nothing(ours: Served, tiny_target: Target) -> None:
+def test_a_position_that_an_engine_never_reached_counts_as_nothing(ours: Served, target: AnyTarget) -> None:
     exact = ours._replace(counters=counters(1000, 500, 200))
-    found = differences(tiny_target, PROMPTS, exact, exact._replace(counters=counters(1000, 500)))
+    found = differences(target, PROMPTS, exact, exact._replace(counters=counters(1000, 500)))
     assert found == ["position 2: it accepted 0 drafted tokens, and our decoder 200"]
 
 
-def test_an_end_token_may_be_left_out(ours: Served, tiny_target: Target) -> None:
-    ended = ours._replace(answers=[[*ours.answers[0], tiny_target.info.eos_ids[0]], ours.answers[1]])
-    assert differences(tiny_target, PROMPTS, ended, ours._replace(counters=ended.counters)) == []
+def test_an_end_token_may_be_left_out(ours: Served, target: AnyTarget) -> None:
+    ended = ours._replace(answers=[[*ours.answers[0], target.info.eos_ids[0]], ours.answers[1]])
+    assert differences(target, PROMPTS, ended, ours._replace(counters=ended.counters)) == []
 
 
-def test_another_token_is_told_with_its_place(ours: Served, tiny_target: Target) -> None:
+def test_another_token_is_told_with_its_place(ours: Served, target: AnyTarget) -> None:
     wrong = list(ours.answers[1])
-    logits = tiny_target.logits(tiny_target.forward(torch.tensor([PROMPTS[1] + wrong[:1]])).last_hidden[0, -1])
-    wrong[1] = int(logits.argmin())
-    found = differences(tiny_target, PROMPTS, ours, ours._replace(answers=[ours.answers[0], wrong]))
+    wrong[1] = int(next_logits(target, PROMPTS[1] + wrong[:1]).argmin())
+    found = differences(target, PROMPTS, ours, ours._replace(answers=[ours.answers[0], wrong]))
     assert len(found) >= 1
     assert found[0].startswith("prompt 2: it says something else from token 1 on, where the two best logits are")
 

@@ -79,7 +79,7 @@ def trace_of(answer: Decoded) -> Trace:
     """What metrics are made of."""
     count = len(answer.ids)
     return Trace(
-        prompt_id="p", source="s", prompt="", temperature=0.0, mode=SPECULATIVE, seed=0, input_tokens=1,
+        prompt_id="p", source="s", prompt="", temperature=0.0, mode=SPECULATIVE, drafting="chain 3", seed=0, input_tokens=1,
         ids=tuple(answer.ids), pieces=("",) * count, authors=tuple(answer.authors), repeated=(False,) * count,
         finish="length", rounds=tuple(answer.rounds), ttft_s=answer.ttft_s, total_s=answer.total_s,
     )  # fmt: skip

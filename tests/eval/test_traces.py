@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,25 @@ from eagle3.models.target import Target
 HOSTILE = ("\u2028", "\r", 'é"\\', "\x00", "😀", "\ufffd")
 
 
-def trace(mode: str, number: int = 0, lossless: Lossless | None = None) -> Trace:
+PLAIN, CHAIN, TREE = None, "chain 3", "tree 9/3/3"
+
+
+def trace(drafting: str | None, number: int = 0, lossless: Lossless | None = None) -> Trace:
     return Trace(
-        prompt_id=f"id {number}", source="ünï", prompt="a\nb", temperature=0.7, mode=mode, seed=1 << 30,
-        input_tokens=7, ids=(5, 1, 300, 2, 9, 4), pieces=HOSTILE, authors=("target", "draft", "draft") * 2,
-        repeated=(False, True) * 3, finish="stop", rounds=(Round(3, 2, 3), Round(3, 3, 2)), ttft_s=0.1, total_s=1 / 3,
-        lossless=lossless,
+        prompt_id=f"id {number}", source="ünï", prompt="a\nb", temperature=0.7,
+        mode=SPECULATIVE if drafting else BASELINE, drafting=drafting, seed=1 << 30, input_tokens=7,
+        ids=(5, 1, 300, 2, 9, 4), pieces=HOSTILE, authors=("target", "draft", "draft") * 2, repeated=(False, True) * 3,
+        finish="stop", rounds=(Round(3, 2, 3), Round(3, 3, 2)), ttft_s=0.1, total_s=1 / 3, lossless=lossless,
     )  # fmt: skip
 
 
-def written(count: int) -> list[Trace]:
-    return [trace(mode, number) for number in range(count) for mode in (BASELINE, SPECULATIVE)]
+def written(count: int, draftings: Sequence[str | None]) -> list[Trace]:
+    return [trace(drafting, number) for number in range(count) for drafting in draftings]
 
 
 @pytest.mark.parametrize("lossless", [None, Lossless(True), Lossless(False, 4, 0.1 + 0.2), Lossless(False, 0, None)])
 def test_what_is_read_is_what_was_written(tmp_path: Path, lossless: Lossless | None) -> None:
-    traces = [trace(BASELINE), trace(SPECULATIVE, lossless=lossless)]
+    traces = [trace(PLAIN), trace(CHAIN, lossless=lossless)]
     path = tmp_path / "traces.jsonl"
     path.write_bytes(b"".join(entry.to_line() for entry in traces))
     assert read_traces(path) == traces
@@ -44,7 +48,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, lossless: Lossless | N
 
 
 def test_keys_tell_answers_apart() -> None:
-    assert len({entry.key for entry in written(3)}) == 6
+    assert len({entry.key for entry in written(3, (PLAIN, CHAIN, TREE))}) == 9
 
 
 @pytest.mark.parametrize(
@@ -60,21 +64,23 @@ def test_a_difference_after_a_tie_is_none(lossless: Lossless, diverged: bool) ->
     assert lossless.diverged == diverged
 
 
-def test_resume_cuts_wherever_a_crash_cut(tmp_path: Path) -> None:
-    lines = [entry.to_line() for entry in written(2)]
+@pytest.mark.parametrize("draftings", [(PLAIN, CHAIN), (PLAIN, CHAIN, TREE)])
+def test_resume_cuts_wherever_a_crash_cut(tmp_path: Path, draftings: Sequence[str | None]) -> None:
+    size = len(draftings)
+    lines = [entry.to_line() for entry in written(2, draftings)]
     whole, path = b"".join(lines), tmp_path / "traces.jsonl"
-    pair = len(lines[0]) + len(lines[1])
-    edges = {0, len(lines[0]), pair, pair + len(lines[2]), len(whole)}
-    for size in sorted({*range(0, len(whole), 9), *(edge + by for edge in edges for by in (-1, 0, 1))}):
-        path.write_bytes(whole[: max(size, 0)])
-        pairs = max(size, 0) // pair if size < len(whole) else 2
-        assert resume(path) == pairs
-        assert path.read_bytes() == whole[: pair * pairs]
-        assert read_traces(path) == written(pairs)
+    group = len(b"".join(lines[:size]))
+    edges = {len(b"".join(lines[:count])) for count in range(2 * size + 1)}
+    for cut in sorted({*range(0, len(whole), 9), *(edge + by for edge in edges for by in (-1, 0, 1))}):
+        path.write_bytes(whole[: max(cut, 0)])
+        groups = max(cut, 0) // group if cut < len(whole) else 2
+        assert resume(path, size) == groups
+        assert path.read_bytes() == whole[: group * groups]
+        assert read_traces(path) == written(groups, draftings)
 
 
 def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
-    assert resume(tmp_path / "traces.jsonl") == 0
+    assert resume(tmp_path / "traces.jsonl", 2) == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -147,6 +147,7 @@ def folder(llama_folder: Path, tmp_path: Path) -> Path:
 def test_other_families(saved: Callable[..., Path]) -> None:
     folder = saved(Qwen3ForCausalLM(Qwen3Config(**COMMON)))
     expected = f"target.path = {folder}: its type is qwen3; take a target of type llama or llama4_text"
+    expected += ", or set eval.engine or record.engine to transformers"
     assert refusal(folder) == expected
 
 
