@@ -58,27 +58,30 @@ def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, unifor
         uniform: ``[K + 1]`` independent numbers in [0, 1): one per drafted token, one for the token that is added.
     """
     p_KV = distribution(logits, temperature)
+    if not len(proposal.tokens):
+        return Judgement(0, int(draw(p_KV, uniform)))
+    at_K1 = proposal.tokens[:, None]
+    p_K = p_KV[:-1].gather(1, at_K1)[:, 0]
+    q_K = 1.0 if proposal.probabilities is None else proposal.probabilities.gather(1, at_K1)[:, 0]
+    accepted_1 = (uniform[:-1] * q_K < p_K).cumprod(0).sum(0, keepdim=True)
+    token_1 = draw(residual(p_KV.index_select(0, accepted_1), proposal, accepted_1), uniform[-1:])
+    return Judgement(*torch.cat((accepted_1, token_1)).tolist())  # one wait
+
+
+def residual(p_1V: Tensor, proposal: Proposal, accepted_1: Tensor) -> Tensor:
+    """``max(0, p - q)`` ``[1, V]``, not normalised, of the token at which so many stood; q is 0 where all did.
+
+    Where rounding leaves nothing it is ``p`` itself.
+    """
     count = len(proposal.tokens)
-    accepted = 0
-    if count:
-        at_K1 = proposal.tokens[:, None]
-        p_K = p_KV[:-1].gather(1, at_K1)[:, 0]
-        q_K = 1.0 if proposal.probabilities is None else proposal.probabilities.gather(1, at_K1)[:, 0]
-        accepted = int((uniform[:-1] * q_K < p_K).cumprod(0).sum())
-    left_V = p_KV[accepted]
-    if accepted < count:
-        left_V = residual(left_V, proposal, accepted)
-    return Judgement(accepted, int(draw(left_V[None], uniform[-1:])))
-
-
-def residual(p_V: Tensor, proposal: Proposal, row: int) -> Tensor:
-    """``max(0, p - q)``, not normalised, for the drafted token ``row``; ``p`` itself where rounding leaves nothing."""
+    rejects_1 = (accepted_1 < count).double()
+    row_1 = accepted_1.clamp_max(count - 1)
     if proposal.probabilities is None:
-        left_V = p_V.clone()
-        left_V[proposal.tokens[row]] = 0
+        q_1V = torch.zeros_like(p_1V).scatter_(1, proposal.tokens[row_1][None], 1.0)
     else:
-        left_V = (p_V - proposal.probabilities[row]).clamp_min(0)
-    return left_V if bool(left_V.any()) else p_V
+        q_1V = proposal.probabilities.index_select(0, row_1)
+    left_1V = (p_1V - rejects_1 * q_1V).clamp_min(0)
+    return torch.where(left_1V.any(), left_1V, p_1V)
 
 
 def distribution(logits: Tensor, temperature: float) -> Tensor:

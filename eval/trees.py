@@ -89,21 +89,22 @@ def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: 
         uniform: ``[N + 1]`` independent numbers in [0, 1): row 0's draws the token that is added, each other's judges
             its node.
     """
-    parents, chances = tree.parents.tolist(), uniform.tolist()
-    rows, row = list[int](), 0
-    while True:
-        children = [child for child, parent in enumerate(parents, 1) if parent == row]
-        p_V = distribution(logits[row], temperature)
-        tokens = tree.tokens[[child - 1 for child in children]]
-        accepted, left = None, 1.0
-        for child, p in zip(children, p_V[tokens].tolist(), strict=True):
-            if chances[child] * left < p:
-                accepted = child
-                break
-            left -= p
-        if accepted is None:
-            remaining_V = p_V.index_fill(0, tokens, 0.0)
-            p_V = remaining_V if bool(remaining_V.any()) else p_V  # rounding can leave nothing
-            return Path(rows, int(draw(p_V[None], uniform[:1])))
-        rows.append(accepted)
-        row = accepted
+    p_RV = distribution(logits, temperature)
+    children = tree.parents, tree.tokens
+    left_RV = p_RV.index_put(children, p_RV.new_zeros(()))
+    left_RV = torch.where(left_RV.any(1, keepdim=True), left_RV, p_RV)  # rounding can leave nothing
+    # Of every row what would be added if its children were all rejected, so that there is one wait.
+    added_R = draw(left_RV, uniform[:1].expand(len(left_RV)))
+    count = len(tree.tokens)
+    flat = torch.cat((p_RV[children], uniform[1:], tree.parents.double(), added_R.double())).tolist()
+    p, chances, parents = (flat[at * count : (at + 1) * count] for at in range(3))
+    rows, row, left = list[int](), 0, 1.0
+    for node, parent in enumerate(parents):
+        if parent != row:
+            continue
+        if chances[node] * left < p[node]:
+            rows.append(node + 1)
+            row, left = node + 1, 1.0
+        else:
+            left -= p[node]
+    return Path(rows, int(flat[3 * count + row]))

@@ -114,9 +114,11 @@ def test_rejection_by_hand() -> None:
     half = torch.tensor([0.499, 0.0], dtype=torch.float64)
     assert judge_sampled(logits, proposal, 1.0, half) == Judgement(1, 0)
     assert judge_sampled(logits, proposal, 1.0, half + torch.tensor([0.002, 0.99])) == Judgement(0, 0)
-    p = distribution(logits[0], 1.0)
-    torch.testing.assert_close(residual(p, proposal, 0), torch.tensor([0.4, 0.0, 0.0]).double())
-    torch.testing.assert_close(residual(p, Proposal(proposal.tokens), 0), torch.tensor([0.5, 0.0, 0.2]).double())
+    p = distribution(logits[:1], 1.0)
+    first, all_stood = torch.tensor([0]), torch.tensor([1])
+    for asked, expected in ((proposal, [0.4, 0.0, 0.0]), (Proposal(proposal.tokens), [0.5, 0.0, 0.2])):
+        torch.testing.assert_close(residual(p, asked, first), torch.tensor([expected]).double())
+        assert residual(p, asked, all_stood).equal(p)
 
 
 def test_equal_distributions_always_agree() -> None:
@@ -125,7 +127,7 @@ def test_equal_distributions_always_agree() -> None:
     for number in (0.0, 0.5, 1 - 1e-12):
         uniform = torch.full((4,), number, dtype=torch.float64)
         assert judge_sampled(logits, Proposal(torch.tensor([1, 2, 3]), q), 0.5, uniform).accepted == 3
-    assert torch.equal(residual(q[0], Proposal(torch.tensor([1]), q[:1]), 0), q[0])
+    assert torch.equal(residual(q[:1], Proposal(torch.tensor([1]), q[:1]), torch.tensor([0])), q[:1])
 
 
 @pytest.mark.parametrize(("drafted", "expected"), [([], (0, 2)), ([2, 0], (2, 1)), ([2, 3], (1, 0)), ([1, 0], (0, 2))])
