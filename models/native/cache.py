@@ -38,6 +38,7 @@ class Cache:
         self.keys = [layer[None] for layer in heads[0]]
         self.values = [layer[None] for layer in heads[1]]
         self.layers = list(self.stored)
+        self._places = torch.arange(capacity, device=like.device)
         self._nodes = 0
 
     def claim(self, new: int, *, tree: bool) -> Tensor:
@@ -50,7 +51,7 @@ class Cache:
             raise ValueError("a tree was verified and none of its paths was kept")
         if self.length + new > self.capacity:
             raise ValueError(f"{self.length} + {new} tokens do not fit a cache of {self.capacity}")
-        places_T = torch.arange(self.length, self.length + new, device=self.stored.device)
+        places_T = self._places.narrow(0, self.length, new)
         if tree:
             self._nodes = new
         else:

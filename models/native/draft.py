@@ -76,7 +76,6 @@ class NativeDraft:
         self._cache = Cache(config, capacity + drafted, embedding)
         cosines, sines = rotation_table(draft.config, capacity + drafted, embedding.new_empty(0, dtype=torch.float32))
         self._pairs_S1C = torch.complex(cosines, sines)
-        self._rows = torch.arange(capacity + drafted, device=self.device)
         # Of the tokens that it can say, so that a step looks one up and norms nothing.
         self._own_DH = self._operations.norm(embedding[self.vocabulary], self._weights.embedding_norm)
         #: Rows that stand.
@@ -117,13 +116,12 @@ class NativeDraft:
             y, ``[k, H]``.
         """
         first, count, position = self._cache.length, len(tokens), self.standing + self._depth
-        self._cache.claim(count, tree=False)
+        places = self._cache.claim(count, tree=False)
         self._depth += 1
         mask = None
         if seen_kS is not None:
             drafted = torch.zeros_like(seen_kS, dtype=y_kH.dtype).masked_fill_(~seen_kS, -torch.inf)
             mask = torch.cat((drafted.new_zeros(count, self.standing), drafted), 1)
-        places = self._rows.narrow(0, first, count)
         window = Window(0, first + count, mask)
         step = Step(places, places, {FULL: window}, position)
         pairs = self._pairs_S1C.narrow(0, position, 1)
