@@ -2,5 +2,5 @@
 
     python -m eagle3.eval.bench.decoding     # the native engine beside transformers, chains beside trees
 
-``former`` is drafting as it was before the native engine.
+``former`` is drafting as it was before the native engine; ``inside`` times the parts of a round.
 """

@@ -40,6 +40,7 @@ from ..drafters import ChainDrafter, Head, TreeDrafter
 from ..speculate import Drafter, Limits, NativeVerifier, Sampling, TargetVerifier, Verifier, decode
 from ..trees import TreeShape
 from .former import PlainHead
+from .inside import inside
 
 GENERATE = "transformers' generate"
 FORMER_PLAIN, FORMER = "transformers' model", "transformers' model, chain"
@@ -236,60 +237,6 @@ def _described(answers: Sequence[Answered], plain: Sequence[Answered]) -> str:
     return f"{spent:11.2f} {figures}  {same} of {len(answers)}"
 
 
-class Timed:
-    """Anything, with the seconds of each call of its ``methods`` kept."""
-
-    def __init__(self, inner: Any, device: torch.device, *methods: str) -> None:
-        self._inner, self._device = inner, device
-        self.seconds: dict[str, list[float]] = {name: [] for name in methods}
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._inner, name)
-        if name not in self.seconds:
-            return found
-
-        def timed(*arguments: Any) -> Any:
-            started = self._now()
-            returned = found(*arguments)
-            self.seconds[name].append(self._now() - started)
-            return returned
-
-        return timed
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
-class Inside(NamedTuple):
-    """Seconds of rounds: of the target's verify, of the draft's forwards, of all, and how many there were."""
-
-    verify: float
-    draft: float
-    whole: float
-    rounds: int
-
-    @property
-    def other(self) -> float:
-        """The share that is neither."""
-        return 1 - (self.verify + self.draft) / self.whole
-
-
-def inside(subject: Subject, drafter_of: Callable[[Head], Drafter], drafted: int) -> Inside:
-    """Where the time of a side's rounds goes, over all prompts; to ask a GPU for the time makes it wait."""
-    device, found = subject.native.device, list[Inside]()
-    for prompt in subject.prompts:
-        target: Any = Timed(subject.native, device, "forward", "logits")
-        head: Any = Timed(subject.heads(drafted), device, "extend", "step", "logits")
-        verifier = NativeVerifier(target, subject.capacity)
-        answer = decode(prompt, verifier, drafter_of(head), subject.limits, Sampling())
-        verify = sum(sum(calls[1:]) for calls in target.seconds.values())  # the first ones ran over the prompt
-        draft = sum(map(sum, head.seconds.values()))
-        found.append(Inside(verify, draft, answer.total_s - answer.ttft_s, len(answer.rounds)))
-    return Inside(*(sum(each) for each in zip(*found, strict=True)))
-
-
 def _insides(
     subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace, shown: str
 ) -> list[dict[str, object]]:
@@ -300,7 +247,11 @@ def _insides(
         "native, tree": (lambda head: TreeDrafter(head, shape), shape.depth * shape.top_k),
     }
     for name, (drafter_of, drafted) in drafters.items():
-        turns = [inside(subject, drafter_of, drafted) for _ in range(asked.rounds)]
+        head = subject.heads(drafted)
+        turns = [
+            inside(subject.native, head, drafter_of, subject.prompts, subject.limits, subject.capacity)
+            for _ in range(asked.rounds)
+        ]
         other = statistics.median(turn.other for turn in turns)
         verify, draft, whole = (
             statistics.median(1e3 * part(turn) / turn.rounds for turn in turns)
