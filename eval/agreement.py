@@ -1,7 +1,7 @@
 """Processes that hold a target together go the same way: that of rank 0.
 
     proposal = agreed(group, proposal)                                   # the tokens that rank 0 drafted
-    rows, token = decided(group, len(proposal.tokens), judge)            # what rank 0 judges of them
+    rows, tokens = decided(group, len(proposal.tokens), judge)           # what rank 0 judges of them
 
 Each process drafts, and each has all logits. They should be the same, but a float that differs in its last bit between two
 cards would turn a tie, or a draw, another way; from there on the processes would run the target over different tokens, and
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from ..models.native.parallel import Group
-from .sampling import Proposal
+from .sampling import Judgement, Proposal
 from .trees import Tree
 
 
@@ -31,11 +31,11 @@ def agreed(group: Group, proposal: Proposal | Tree) -> Proposal | Tree:
     return proposal._replace(tokens=group.first_(proposal.tokens.clone()))
 
 
-def decided(group: Group, most: int, judge: Callable[[], tuple[list[int], int]]) -> tuple[list[int], int]:
-    """What ``judge`` says in rank 0, where alone it is asked: at most so many rows, and a token."""
-    said = torch.zeros(most + 2, dtype=torch.long)
+def decided(group: Group, most: int, judge: Callable[[], Judgement]) -> Judgement:
+    """What ``judge`` says in rank 0, where alone it is asked: at most so many rows stand."""
+    said = torch.zeros(2 + 2 * most, dtype=torch.long)
     if group.rank == 0:
-        rows, token = judge()
-        said[: len(rows) + 2] = torch.tensor([token, len(rows), *rows])
-    token, count, *rows = group.first_(said.to(group.device)).tolist()
-    return rows[:count], token
+        rows, tokens = judge()
+        said[: 2 * len(tokens)] = torch.tensor([len(rows), *rows, *tokens])
+    count, *flat = group.first_(said.to(group.device)).tolist()
+    return Judgement(flat[:count], flat[count : 2 * count + 1])

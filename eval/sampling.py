@@ -25,10 +25,14 @@ class Proposal(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """How many drafted tokens stand, 0..K, and the target's own token after them."""
+    """What stands of a proposal.
 
-    accepted: int
-    token: int
+    ``rows``: of the drafted tokens that stand, in order, their places among the rows that the target ran over; row 0 is
+    the token before the proposal. ``tokens``: these, and then the target's own.
+    """
+
+    rows: list[int]
+    tokens: list[int]
 
 
 def judge_greedy(logits: Tensor, drafted: Tensor) -> Judgement:
@@ -45,7 +49,7 @@ def judge_greedy(logits: Tensor, drafted: Tensor) -> Judgement:
     accepted = 0
     while accepted < len(tokens) and choices[accepted] == tokens[accepted]:
         accepted += 1
-    return Judgement(accepted, choices[accepted])
+    return _first(accepted, tokens, choices[accepted])
 
 
 def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, uniform: Tensor) -> Judgement:
@@ -59,13 +63,19 @@ def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, unifor
     """
     p_KV = distribution(logits, temperature)
     if not len(proposal.tokens):
-        return Judgement(0, int(draw(p_KV, uniform)))
+        return Judgement([], [int(draw(p_KV, uniform))])
     at_K1 = proposal.tokens[:, None]
     p_K = p_KV[:-1].gather(1, at_K1)[:, 0]
     q_K = 1.0 if proposal.probabilities is None else proposal.probabilities.gather(1, at_K1)[:, 0]
     accepted_1 = (uniform[:-1] * q_K < p_K).cumprod(0).sum(0, keepdim=True)
-    token_1 = draw(residual(p_KV.index_select(0, accepted_1), proposal, accepted_1), uniform[-1:])
-    return Judgement(*torch.cat((accepted_1, token_1)).tolist())  # one wait
+    added_1 = draw(residual(p_KV.index_select(0, accepted_1), proposal, accepted_1), uniform[-1:])
+    accepted, added, *tokens = torch.cat((accepted_1, added_1, proposal.tokens)).tolist()  # one wait
+    return _first(accepted, tokens, added)
+
+
+def _first(accepted: int, tokens: list[int], added: int) -> Judgement:
+    """The first so many tokens of a chain stand."""
+    return Judgement(list(range(1, accepted + 1)), [*tokens[:accepted], added])
 
 
 def residual(p_1V: Tensor, proposal: Proposal, accepted_1: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..models.native.target import NativeTarget
 from ..models.target import Target
 from .agreement import agreed, decided
-from .sampling import Proposal, judge_greedy, judge_sampled
+from .sampling import Judgement, Proposal, judge_greedy, judge_sampled
 from .traces import Round
 from .trees import Tree, judge_tree, judge_tree_sampled
 
@@ -148,7 +148,8 @@ class TargetVerifier:
         # The drafter draws from the even seeds: acceptance must not depend on the numbers that chose the tokens.
         self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
         output = self._target.forward(torch.tensor([list(prompt)]), self._cache)
-        _, self._last = self._judge(self._target.logits(output.last_hidden[0, -1:]), None)
+        judged = self._judge(self._target.logits(output.last_hidden[0, -1:]), None)
+        self._last = judged.tokens[-1]
         return Verdict([*prompt[1:], self._last], output.features[0])
 
     def verify(self, proposal: Proposal | Tree | None) -> Verdict:
@@ -160,13 +161,12 @@ class TargetVerifier:
         if proposal is not None:
             row = torch.cat((row, proposal.tokens))
         output = self._target.forward(row[None], self._cache)
-        accepted, self._last = self._judge(self._target.logits(output.last_hidden[0]), proposal)
-        self._cache.rollback(before + 1 + accepted)
-        if proposal is None:
-            return Verdict([self._last], output.features[0])
-        return Verdict([*proposal.tokens[:accepted].tolist(), self._last], output.features[0, : accepted + 1])
+        judged = self._judge(self._target.logits(output.last_hidden[0]), proposal)
+        self._last = judged.tokens[-1]
+        self._cache.rollback(before + len(judged.tokens))
+        return Verdict(judged.tokens, output.features[0, : len(judged.tokens)])
 
-    def _judge(self, logits: Tensor, proposal: Proposal | None) -> tuple[int, int]:
+    def _judge(self, logits: Tensor, proposal: Proposal | None) -> Judgement:
         if proposal is None:
             proposal = Proposal(torch.empty(0, dtype=torch.long, device=logits.device))
         if self._sampling.temperature == 0:
@@ -195,7 +195,7 @@ class NativeVerifier:
         self._cache.rollback(0)
         self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
         output = self._target.forward(torch.tensor(prompt), self._cache)
-        self._last = self._decide(self._target.logits(output.last_hidden[-1:]), self._nothing)[1]
+        self._last = self._decide(self._target.logits(output.last_hidden[-1:]), self._nothing).tokens[-1]
         return Verdict([*prompt[1:], self._last], output.features)
 
     def verify(self, proposal: Proposal | Tree | None) -> Verdict:
@@ -206,36 +206,26 @@ class NativeVerifier:
         before, tree = self._cache.length, isinstance(drafted, Tree)
         ids = torch.cat((torch.tensor([self._last], device=self._target.device), drafted.tokens))
         output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
-        rows, self._last = self._decide(self._target.logits(output.last_hidden), drafted)
+        judged = self._decide(self._target.logits(output.last_hidden), drafted)
+        self._last = judged.tokens[-1]
         if tree:
-            self._cache.keep(torch.tensor([0, *rows]))
+            self._cache.keep(torch.tensor([0, *judged.rows]))
         else:
-            self._cache.rollback(before + 1 + len(rows))
-        accepted = drafted.tokens[[row - 1 for row in rows]].tolist()
-        return Verdict([*accepted, self._last], output.features[[0, *rows]])
+            self._cache.rollback(before + len(judged.tokens))
+        return Verdict(judged.tokens, output.features[[0, *judged.rows]])
 
-    def _decide(self, logits: Tensor, proposal: Proposal | Tree) -> tuple[list[int], int]:
+    def _decide(self, logits: Tensor, proposal: Proposal | Tree) -> Judgement:
         """As :meth:`_judge`; of several processes what the first finds."""
         group = self._target.group
         if group is None:
             return self._judge(logits, proposal)
         return decided(group, len(proposal.tokens), lambda: self._judge(logits, proposal))
 
-    def _judge(self, logits: Tensor, proposal: Proposal | Tree) -> tuple[list[int], int]:
-        """The rows that stand, row 0 being the last token before the proposal, and the target's own token."""
-        temperature, uniform = self._sampling.temperature, torch.empty(0)
-        if temperature > 0:
-            uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
+    def _judge(self, logits: Tensor, proposal: Proposal | Tree) -> Judgement:
+        temperature = self._sampling.temperature
+        if temperature == 0:
+            return judge_tree(logits, proposal) if isinstance(proposal, Tree) else judge_greedy(logits, proposal.tokens)
+        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
         if isinstance(proposal, Tree):
-            path = (
-                judge_tree_sampled(logits, proposal, temperature, uniform)
-                if temperature
-                else judge_tree(logits, proposal)
-            )
-            return path.rows, path.token
-        judged = (
-            judge_sampled(logits, proposal, temperature, uniform)
-            if temperature
-            else judge_greedy(logits, proposal.tokens)
-        )
-        return list(range(1, judged.accepted + 1)), judged.token
+            return judge_tree_sampled(logits, proposal, temperature, uniform)
+        return judge_sampled(logits, proposal, temperature, uniform)

@@ -2,7 +2,7 @@
 
     drafter = TreeDrafter(head, TreeShape(total=60, depth=7, top_k=10))
     tree = drafter.propose()                       # Tree
-    judge_tree(logits, tree)                       # Path: which nodes stand, and the target's own token
+    judge_tree(logits, tree)                       # Judgement: which nodes stand, and the target's own token
 
 A level holds the ``top_k`` nodes on the likeliest paths, by the product of the head's probabilities; each proposes
 ``top_k`` tokens. Of all that were proposed the ``total`` likeliest are verified: a node is never likelier than its
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..models.generate import draw
-from .sampling import distribution
+from .sampling import Judgement, distribution
 
 
 class TreeShape(NamedTuple):
@@ -54,14 +54,7 @@ class Tree(NamedTuple):
         return found
 
 
-class Path(NamedTuple):
-    """The ``rows`` of the nodes that stand, from the root on and without it, and the target's own ``token`` behind them."""
-
-    rows: list[int]
-    token: int
-
-
-def judge_tree(logits: Tensor, tree: Tree) -> Path:
+def judge_tree(logits: Tensor, tree: Tree) -> Judgement:
     """Go down while a child is the most likely token.
 
     Args:
@@ -76,10 +69,10 @@ def judge_tree(logits: Tensor, tree: Tree) -> Path:
     while (child := children.get((row, best[row]))) is not None:
         rows.append(child)
         row = child
-    return Path(rows, best[row])
+    return Judgement(rows, [*(tokens[row - 1] for row in rows), best[row]])
 
 
-def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: Tensor) -> Path:
+def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: Tensor) -> Judgement:
     """Accept so that what is emitted is distributed as the target's own samples.
 
     Args:
@@ -96,8 +89,9 @@ def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: 
     # Of every row what would be added if its children were all rejected, so that there is one wait.
     added_R = draw(left_RV, uniform[:1].expand(len(left_RV)))
     count = len(tree.tokens)
-    flat = torch.cat((p_RV[children], uniform[1:], tree.parents.double(), added_R.double())).tolist()
-    p, chances, parents = (flat[at * count : (at + 1) * count] for at in range(3))
+    numbers = p_RV[children], uniform[1:], tree.parents.double(), tree.tokens.double(), added_R.double()
+    flat = torch.cat(numbers).tolist()
+    p, chances, parents, tokens = (flat[at * count : (at + 1) * count] for at in range(4))
     rows, row, left = list[int](), 0, 1.0
     for node, parent in enumerate(parents):
         if parent != row:
@@ -107,4 +101,4 @@ def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: 
             row, left = node + 1, 1.0
         else:
             left -= p[node]
-    return Path(rows, int(flat[3 * count + row]))
+    return Judgement(rows, [*(int(tokens[row - 1]) for row in rows), int(flat[4 * count + row])])

@@ -52,7 +52,7 @@ def emit(rule: Rule, greedy: bool, temperature: float, rounds: int = ROUNDS) -> 
         after = [answer[-1], *proposal.tokens.tolist()]
         uniform = torch.rand(K + 1, generator=judging, dtype=torch.float64)
         judgement = rule(target[after], proposal, temperature, uniform)
-        answer += [*after[1 : 1 + judgement.accepted], judgement.token]
+        answer += judgement.tokens
     return answer
 
 
@@ -94,8 +94,8 @@ def keep_the_whole_distribution(
 ) -> Judgement:
     """Wrong: draws the replacement from p and not from the residual."""
     right = judge_sampled(logits, proposal, temperature, u)
-    p = distribution(logits[right.accepted][None], temperature)
-    return Judgement(right.accepted, int(draw(p, u[-1:])))
+    p = distribution(logits[len(right.rows)][None], temperature)
+    return Judgement(right.rows, [*right.tokens[:-1], int(draw(p, u[-1:]))])
 
 
 @pytest.mark.parametrize("rule", [mistake_the_temperature, keep_the_whole_distribution])
@@ -112,8 +112,8 @@ def test_rejection_by_hand() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]]).log()
     proposal = Proposal(torch.tensor([1]), torch.tensor([[0.1, 0.6, 0.3]], dtype=torch.float64))
     half = torch.tensor([0.499, 0.0], dtype=torch.float64)
-    assert judge_sampled(logits, proposal, 1.0, half) == Judgement(1, 0)
-    assert judge_sampled(logits, proposal, 1.0, half + torch.tensor([0.002, 0.99])) == Judgement(0, 0)
+    assert judge_sampled(logits, proposal, 1.0, half) == Judgement([1], [1, 0])
+    assert judge_sampled(logits, proposal, 1.0, half + torch.tensor([0.002, 0.99])) == Judgement([], [0])
     p = distribution(logits[:1], 1.0)
     first, all_stood = torch.tensor([0]), torch.tensor([1])
     for asked, expected in ((proposal, [0.4, 0.0, 0.0]), (Proposal(proposal.tokens), [0.5, 0.0, 0.2])):
@@ -126,12 +126,15 @@ def test_equal_distributions_always_agree() -> None:
     q = distribution(logits[:3], 0.5)
     for number in (0.0, 0.5, 1 - 1e-12):
         uniform = torch.full((4,), number, dtype=torch.float64)
-        assert judge_sampled(logits, Proposal(torch.tensor([1, 2, 3]), q), 0.5, uniform).accepted == 3
+        assert judge_sampled(logits, Proposal(torch.tensor([1, 2, 3]), q), 0.5, uniform).rows == [1, 2, 3]
     assert torch.equal(residual(q[:1], Proposal(torch.tensor([1]), q[:1]), torch.tensor([0])), q[:1])
 
 
-@pytest.mark.parametrize(("drafted", "expected"), [([], (0, 2)), ([2, 0], (2, 1)), ([2, 3], (1, 0)), ([1, 0], (0, 2))])
-def test_greedy_judgement(drafted: list[int], expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("drafted", "expected"),
+    [([], ([], [2])), ([2, 0], ([1, 2], [2, 0, 1])), ([2, 3], ([1], [2, 0])), ([1, 0], ([], [2]))],
+)
+def test_greedy_judgement(drafted: list[int], expected: tuple[list[int], list[int]]) -> None:
     logits = torch.eye(4)[[2, 0, 1]][: len(drafted) + 1]
     assert judge_greedy(logits, torch.tensor(drafted, dtype=torch.long)) == expected
 

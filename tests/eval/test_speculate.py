@@ -487,13 +487,15 @@ def test_sampled_answers_have_the_targets_distribution(tables: Tables, temperatu
 def accept_always(logits: Tensor, proposal: Proposal, temperature: float, uniform: Tensor) -> Judgement:
     """Wrong: takes whatever is drafted."""
     last = distribution(logits[-1:], temperature)
-    return Judgement(len(proposal.tokens), int(draw(last, uniform[-1:])))
+    tokens = proposal.tokens.tolist()
+    return Judgement(list(range(1, len(tokens) + 1)), [*tokens, int(draw(last, uniform[-1:]))])
 
 
 def draw_from_the_whole(logits: Tensor, proposal: Proposal, temperature: float, uniform: Tensor) -> Judgement:
     """Wrong: a replacement from p and not from the residual."""
-    accepted, _ = judge_sampled(logits, proposal, temperature, uniform)
-    return Judgement(accepted, int(draw(distribution(logits[accepted][None], temperature), uniform[-1:])))
+    rows, tokens = judge_sampled(logits, proposal, temperature, uniform)
+    added = draw(distribution(logits[len(rows)][None], temperature), uniform[-1:])
+    return Judgement(rows, [*tokens[:-1], int(added)])
 
 
 @pytest.mark.parametrize(("rule", "drafting"), [(accept_always, "greedy"), (draw_from_the_whole, "sampled")])

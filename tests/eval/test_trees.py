@@ -14,9 +14,8 @@ import pytest
 import torch
 from eagle3.configs.settings import TargetSettings
 from eagle3.eval.drafters import ChainDrafter, TreeDrafter
-from eagle3.eval.sampling import distribution
+from eagle3.eval.sampling import Judgement, distribution
 from eagle3.eval.speculate import Limits, NativeVerifier, Sampling, Verdict, decode
-from eagle3.eval.trees import Path as Standing
 from eagle3.eval.trees import Tree, TreeShape, judge_tree, judge_tree_sampled
 from eagle3.models.draft import Eagle3Draft
 from eagle3.models.native.draft import NativeDraft
@@ -41,19 +40,19 @@ def test_ancestors_are_those_up_to_the_root() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "rows", "token"),
+    ("said", "rows", "tokens"),
     [
-        ([1, 0, 0, 0, 0, 0, 0, 0], [], 1),
-        ([7, 0, 0, 0, 2, 0, 0, 0], [4], 2),
-        ([5, 9, 0, 0, 0, 0, 4, 0], [1, 6], 4),
-        ([5, 9, 0, 0, 0, 0, 3, 11], [1, 6, 7], 11),
-        ([6, 0, 9, 0, 0, 0, 0, 0], [2], 9),  # 9 is a child of row 1, and not of row 2
+        ([1, 0, 0, 0, 0, 0, 0, 0], [], [1]),
+        ([7, 0, 0, 0, 2, 0, 0, 0], [4], [7, 2]),
+        ([5, 9, 0, 0, 0, 0, 4, 0], [1, 6], [5, 9, 4]),
+        ([5, 9, 0, 0, 0, 0, 3, 11], [1, 6, 7], [5, 9, 3, 11]),
+        ([6, 0, 9, 0, 0, 0, 0, 0], [2], [6, 9]),  # 9 is a child of row 1, and not of row 2
     ],
 )
-def test_the_greedy_path_by_hand(said: list[int], rows: list[int], token: int) -> None:
+def test_the_greedy_path_by_hand(said: list[int], rows: list[int], tokens: list[int]) -> None:
     logits = torch.zeros(len(said), V)
     logits[range(len(said)), said] = 1.0
-    assert judge_tree(logits, tree_of()) == Standing(rows, token)
+    assert judge_tree(logits, tree_of()) == Judgement(rows, tokens)
 
 
 DRAWS = 100_000
@@ -82,8 +81,9 @@ def test_what_is_sampled_through_a_tree_is_the_targets_own() -> None:
     }
     counted = Counter[tuple[int, ...]]()
     for chances in uniform:
-        path = judge_tree_sampled(logits, tree, temperature, chances[:7])
-        said = (*(paths[path.rows[-1]] if path.rows else ()), path.token)[:3]
+        judged = judge_tree_sampled(logits, tree, temperature, chances[:7])
+        assert tuple(judged.tokens[:-1]) == (paths[judged.rows[-1]] if judged.rows else ())
+        said = tuple(judged.tokens)[:3]
         while len(said) < 3:
             passed = known[said].cumsum(0) > chances[7 + len(said)]
             said = (*said, int(passed.int().argmax()))
