@@ -14,7 +14,7 @@ import pytest
 import torch
 from eagle3.configs.settings import TargetSettings
 from eagle3.eval.drafters import ChainDrafter, TreeDrafter
-from eagle3.eval.sampling import Judgement, distribution
+from eagle3.eval.sampling import Judgement, Proposal, distribution
 from eagle3.eval.speculate import Limits, NativeVerifier, Sampling, Verdict, decode
 from eagle3.eval.trees import Tree, TreeShape, judge_tree, judge_tree_sampled
 from eagle3.models.draft import Eagle3Draft
@@ -185,3 +185,19 @@ def test_answers_are_the_targets_own(
         assert plain.ids == fast.ids == text[length:]
         accepted += sum(entry.accepted for entry in fast.rounds)
     assert shape is None or accepted > 0
+
+
+@pytest.mark.parametrize("drafting", ["greedy", "sampled"])
+@torch.inference_mode()
+def test_drafting_asks_its_device_for_nothing(new_draft: Callable[..., Eagle3Draft], drafting: str) -> None:
+    """The device "meta" has shapes and no values: who asks it for one gets an error."""
+    draft, device = new_draft(), torch.device("meta")
+    size, width = draft.config.vocab_size, draft.config.hidden_size
+    head = NativeDraft(draft, torch.empty(size, width, device=device), CAPACITY, 20)
+    for drafter in (ChainDrafter(head, 4), TreeDrafter(head, TreeShape(9, 4, 5))):
+        drafter.start(Sampling(0.7, drafting))
+        for count in (5, 1, 3):
+            features = torch.empty(count, len(draft.config.target_layers), width, device=device)
+            drafter.update(Verdict([7] * count, features))
+            proposal = drafter.propose()
+        assert proposal.tokens.shape == ((4,) if isinstance(proposal, Proposal) else (9,))
