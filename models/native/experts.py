@@ -1,9 +1,9 @@
 """Rows of hidden states through the expert that each was routed to; no other is computed for it.
 
-Five ways, one result: which is fastest depends on how many rows there are, on how small the experts are, and on who may
-wait for whom.
+Four ways, one result: which is fastest depends on how many rows there are and on who may wait for whom. A fifth computes
+all experts, where a CPU has that done before it has sorted.
 
-Shape suffixes: R rows, H hidden, I width of an expert (2I: gate and up), E experts.
+Shape suffixes: R rows, T tokens, K experts of a token, H hidden, I width of an expert (2I: gate and up), E experts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weights import Experts
+from .weights import Dense, Experts
 
-SMALL = 1 << 21  # products of rows and first matrices up to which a CPU is faster computing all than sorting
+SMALL = 1 << 21  # numbers in the experts' first matrices, times tokens, up to which a CPU computes all of them
 FEW = 8  # rows for which an accelerator copies their experts' weights instead of sorting them by expert
 
 
@@ -24,7 +24,7 @@ def routed(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
     if x_RH.device.type == "cpu":
         if rows == 1:
             return alone(x_RH, expert_R, weights)
-        return (everywhere if rows * weights.gate_up.numel() <= SMALL else looped)(x_RH, expert_R, weights)
+        return looped(x_RH, expert_R, weights)
     if rows <= FEW:
         return gathered(x_RH, expert_R, weights)
     return (grouped if x_RH.dtype == torch.bfloat16 else looped)(x_RH, expert_R, weights)
@@ -42,11 +42,15 @@ def alone(x_1H: Tensor, expert_1: Tensor, weights: Experts) -> Tensor:
     return torch.mm(gated(torch.mm(x_1H, weights.gate_up[expert])), weights.down[expert])
 
 
-def everywhere(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:
-    """A few rows through all of a few small experts, as zeros but through their own: nothing to sort or to count."""
-    every_E = torch.eye(weights.gate_up.shape[0], dtype=x_RH.dtype, device=x_RH.device)
-    own_ER1 = every_E.index_select(1, expert_R)[..., None]
-    return torch.bmm(gated(torch.bmm(x_RH * own_ER1, weights.gate_up)), weights.down).sum(0)
+def everywhere(x_TH: Tensor, expert_TK: Tensor, score_TK: Tensor, every: Dense, count: int) -> Tensor:
+    """A few tokens through what is shared and all of ``count`` small experts, as zeros but through their own.
+
+    Nothing is sorted or counted, and there are two products in all.
+    """
+    share_TE = score_TK.new_zeros(len(x_TH), 1 + count).scatter_(1, expert_TK + 1, score_TK)
+    share_TE.select(1, 0).fill_(1.0)
+    gate_up_TEI = torch.mm(x_TH, every.gate_up).view(len(x_TH), 1 + count, -1).mul_(share_TE[..., None])
+    return torch.mm(gated(gate_up_TEI).flatten(1), every.down)
 
 
 def gathered(x_RH: Tensor, expert_R: Tensor, weights: Experts) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .config import DecoderConfig, LayerConfig
-from .experts import gated, routed
+from .experts import SMALL, everywhere, gated, routed
 from .sights import Blocks, Step, Window
 from .weights import Dense, Experts
 
@@ -106,6 +106,8 @@ class Operations:
         count = self.config.top_k
         logit_TK, expert_TK = torch.mm(x_TH, weights.router).topk(count, -1)
         score_TK = _narrowed(_wide(logit_TK).sigmoid_(), x_TH)
+        if weights.every is not None and 1 < len(x_TH) <= SMALL // weights.gate_up.numel():
+            return everywhere(x_TH, expert_TK, score_TK, weights.every, len(weights.down))
         if count == 1:
             routed_TH = routed(x_TH * score_TK, expert_TK.view(-1), weights)
         else:

@@ -67,11 +67,12 @@ def following(cache: Cache, new: int, chunks: frozenset[int], dtype: torch.dtype
         start = _start(base, chunk)
         mask = None
         if new > 1:
-            keys_S = torch.arange(start, base + new, device=places_T.device)
-            seen_TS = keys_S <= places_T[:, None]
+            # What is kept of the upper triangle are the keys behind a token.
+            mask = torch.full((new, base + new - start), -torch.inf, dtype=dtype, device=places_T.device)
+            mask.triu_(base - start + 1)
             if chunk and _start(base + new - 1, chunk) > start:
-                seen_TS &= keys_S >= _floor(places_T, chunk)
-            mask = _added(seen_TS, dtype)
+                keys_S = torch.arange(start, base + new, device=places_T.device)
+                mask.masked_fill_(keys_S < _floor(places_T, chunk), -torch.inf)
         sights[chunk] = Window(start, base + new, mask)
     return Step(places_T, places_T, sights, base + new - 1)
 

@@ -29,12 +29,16 @@ class Dense(NamedTuple):
 
 
 class Experts(NamedTuple):
-    """``router`` ``[H, E]``, ``gate_up`` ``[E, H, 2I]``, ``down`` ``[E, I, H]``, and what all tokens share."""
+    """``router`` ``[H, E]``, ``gate_up`` ``[E, H, 2I]``, ``down`` ``[E, I, H]``, and what all tokens share.
+
+    ``every``: on a CPU, the same memory as one MLP: what is shared first, then the experts in turn.
+    """
 
     router: Tensor
     gate_up: Tensor
     down: Tensor
     shared: Dense
+    every: Dense | None
 
 
 class LayerWeights(NamedTuple):
@@ -91,8 +95,12 @@ def allocate(config: DecoderConfig, device: torch.device, dtype: torch.dtype) ->
     def mlp(layer: LayerConfig) -> Dense | Experts:
         if not (count := layer.experts):
             return dense(layer.width)
-        gate_up, down = matrix(count, hidden, 2 * layer.width), matrix(count, layer.width, hidden)
-        return Experts(matrix(hidden, count), gate_up, down, dense(layer.width))
+        inner, router = layer.width, matrix(hidden, count)
+        if device.type == "cpu":
+            gate_ups, downs = empty(hidden, 1 + count, 2 * inner), empty(1 + count, inner, hidden)
+            shared, every = Dense(gate_ups[:, 0], downs[0]), Dense(gate_ups.flatten(1), downs.flatten(0, 1))
+            return Experts(router, gate_ups[:, 1:].transpose(0, 1), downs[1:], shared, every)
+        return Experts(router, matrix(count, hidden, 2 * inner), matrix(count, inner, hidden), dense(inner), None)
 
     def decoder_layer(layer: LayerConfig) -> LayerWeights:
         qkv, out = matrix(hidden, width + config.stored_width), matrix(width, hidden)

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from eagle3.configs.settings import TargetSettings
-from eagle3.models.native import experts
+from eagle3.models.native import operations
 from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig, Temperature
 from eagle3.models.native.decoder import Decoder
-from eagle3.models.native.experts import alone, everywhere, gathered, grouped, looped, routed
+from eagle3.models.native.experts import alone, gathered, grouped, looped, routed
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.operations import Operations
 from eagle3.models.native.sights import branching, following, packed
@@ -23,7 +23,6 @@ from .conftest import CAPTURED, DEVICE, LLAMA4, assert_close, built, random_ids
 
 EXPERTS, HIDDEN, WIDTH = 5, 16, 24
 WAYS: dict[str, Callable[[Tensor, Tensor, Experts], Tensor]] = {
-    "everywhere": everywhere,
     "gathered": gathered,
     "looped": looped,
     "grouped": grouped,
@@ -35,7 +34,7 @@ def random_experts(dtype: torch.dtype) -> Experts:
     torch.manual_seed(0)
     shapes = (HIDDEN, EXPERTS), (EXPERTS, HIDDEN, 2 * WIDTH), (EXPERTS, WIDTH, HIDDEN)
     shared = Dense(torch.empty(0), torch.empty(0))
-    return Experts(*(torch.randn(shape).to(DEVICE, dtype) for shape in shapes), shared)
+    return Experts(*(torch.randn(shape).to(DEVICE, dtype) for shape in shapes), shared, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,13 +49,32 @@ def test_ways_through_the_experts(way: str, rows: int, dtype: torch.dtype) -> No
     assert_close(WAYS[way](x_RH, expert_R, weights).float(), plain.float(), 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("way", WAYS.keys() - {"everywhere"})
-def test_no_other_expert_is_computed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experts, "SMALL", 0)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_other_expert_is_computed(way: str) -> None:
     weights = random_experts(torch.float32)
     weights.gate_up[3], weights.down[3] = torch.nan, torch.nan
     expert_R = torch.tensor([0, 4, 4, 1, 2, 0], device=DEVICE)
     assert WAYS[way](torch.randn(6, HIDDEN).to(DEVICE), expert_R, weights).isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("rows", [2, 7])
+def test_few_tokens_through_small_experts_at_once(rows: int, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, in two products with what is shared; the same as one after the other."""
+    torch.manual_seed(0)
+    cpu, layer = torch.device("cpu"), LayerConfig(rotates=True, chunk=0, experts=EXPERTS, width=WIDTH)
+    config = DecoderConfig(8, HIDDEN, 2, 1, 8, 1e-5, 1e4, (layer,), top_k=top_k)
+    mlp = allocate(config, cpu, torch.float32).layers[0].mlp
+    assert isinstance(mlp, Experts) and mlp.every is not None
+    for tensor in (mlp.router, *mlp.every):
+        tensor.normal_()
+    x_TH, calls = torch.randn(rows, HIDDEN), list[int]()
+    real = operations.everywhere
+    monkeypatch.setattr(operations, "everywhere", lambda *given: calls.append(len(given[0])) or real(*given))
+    at_once = Operations(config, cpu).experts(x_TH, mlp)
+    monkeypatch.setattr(operations, "SMALL", 0)
+    assert_close(at_once, Operations(config, cpu).experts(x_TH, mlp), 1e-5)
+    assert calls == [rows]
 
 
 def test_norm_is_the_same_on_every_device() -> None:
