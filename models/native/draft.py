@@ -26,7 +26,7 @@ from .cache import Cache
 from .config import WHOLE, DecoderConfig, LayerConfig, Share
 from .operations import Operations, Rotation
 from .parallel import Group, shard
-from .sights import Step, Window, following
+from .sights import Window
 from .weights import Dense
 
 FULL = 0  # the chunk of a layer that sees everything
@@ -76,8 +76,10 @@ class NativeDraft:
         self._cache = Cache(config, capacity + drafted, embedding)
         cosines, sines = rotation_table(draft.config, capacity + drafted, embedding.new_empty(0, dtype=torch.float32))
         self._pairs_S1C = torch.complex(cosines, sines)
-        # Of the tokens that it can say, so that a step looks one up and norms nothing.
-        self._own_DH = self._operations.norm(embedding[self.vocabulary], self._weights.embedding_norm)
+        # The half of the product that is the embedding's, of the tokens that it can say: a step reads the other half alone.
+        own_DH = self._operations.norm(embedding[self.vocabulary], self._weights.embedding_norm)
+        of_embedding, self._of_hidden = self._weights.qkv.split(embedding.shape[1])
+        self._own_DQ = self._operations.linear(own_DH, of_embedding)
         #: Rows that stand.
         self.standing = 0
         self._depth = 0
@@ -90,12 +92,18 @@ class NativeDraft:
 
     def extend(self, tokens: Tensor, features: Tensor) -> None:
         """Take in rows that stand: ``tokens`` ``[T]``, each with the target's ``features`` ``[T, F, H]`` of the one before."""
+        operations, weights, count = self._operations, self._weights, len(tokens)
         self._cache.rollback(self.standing)
-        step = following(self._cache, len(tokens), frozenset((FULL,)), self._embedding.dtype)
-        pairs = self._pairs_S1C.narrow(0, self.standing, len(tokens))
-        embedded = self._operations.norm(self._embedding.index_select(0, tokens), self._weights.embedding_norm)
-        self._last_1H = self._layer_of(embedded, self._combined(features), step, pairs)[-1:]
-        self.standing, self._depth = self.standing + len(tokens), 0
+        places_T = self._cache.claim(count, tree=False)
+        pairs_T1C = self._pairs_S1C.narrow(0, self.standing, count)
+        self.standing, self._depth = self.standing + count, 0
+        h_TH = self._combined(features)
+        normed_TH = operations.norm(h_TH, weights.hidden_norm)
+        embedded_TH = operations.norm(self._embedding.index_select(0, tokens), weights.embedding_norm)
+        qkv_TQ = operations.linear(torch.cat((embedded_TH, normed_TH), 1), weights.qkv)
+        # Of the rows before the last nothing is asked but their keys and values.
+        window = Window(0, self.standing, None)
+        self._last_1H = self._finished(qkv_TQ, h_TH[-1:], normed_TH[-1:], pairs_T1C, places_T, window)
 
     def begin(self) -> Tensor:
         """``y`` ``[1, H]`` of the last row that stands; what was drafted behind it is taken back."""
@@ -116,17 +124,17 @@ class NativeDraft:
             y, ``[k, H]``.
         """
         first, count, position = self._cache.length, len(tokens), self.standing + self._depth
-        places = self._cache.claim(count, tree=False)
+        places_k = self._cache.claim(count, tree=False)
         self._depth += 1
-        mask = None
+        mask_kS = None
         if seen_kS is not None:
             drafted = torch.zeros_like(seen_kS, dtype=y_kH.dtype).masked_fill_(~seen_kS, -torch.inf)
-            mask = torch.cat((drafted.new_zeros(count, self.standing), drafted), 1)
-        window = Window(0, first + count, mask)
-        step = Step(places, places, {FULL: window}, position)
-        pairs = self._pairs_S1C.narrow(0, position, 1)
+            mask_kS = torch.cat((drafted.new_zeros(count, self.standing), drafted), 1)
         h_kH = self._operations.norm(y_kH, self._weights.norm) if self._shape.norm_output else y_kH
-        return self._layer_of(self._own_DH.index_select(0, tokens), h_kH, step, pairs)
+        normed_kH = self._operations.norm(h_kH, self._weights.hidden_norm)
+        qkv_kQ = torch.addmm(self._own_DQ.index_select(0, tokens), normed_kH, self._of_hidden)
+        pairs_11C = self._pairs_S1C.narrow(0, position, 1)
+        return self._finished(qkv_kQ, h_kH, normed_kH, pairs_11C, places_k, Window(0, first + count, mask_kS))
 
     def logits(self, y: Tensor) -> Tensor:
         """``[k, H]`` to ``[k, D]``."""
@@ -146,15 +154,16 @@ class NativeDraft:
     def _summed(self, summand: Tensor) -> Tensor:
         return summand if self._group is None else self._group.sum_(summand)
 
-    def _layer_of(self, embedded_TH: Tensor, h_TH: Tensor, step: Step, pairs: Tensor) -> Tensor:
-        """``y`` ``[T, H]`` of rows whose embeddings are normed already."""
+    def _finished(
+        self, qkv: Tensor, h_kH: Tensor, normed_kH: Tensor, pairs: Tensor, places: Tensor, window: Window
+    ) -> Tensor:
+        """``y`` ``[k, H]`` of the last k rows of the product ``qkv``; the keys and values of all enter the cache."""
         operations, weights = self._operations, self._weights
-        normed_TH = operations.norm(h_TH, weights.hidden_norm)
-        qkv = operations.linear(torch.cat((embedded_TH, normed_TH), 1), weights.qkv)
-        attended = operations.attend(qkv, self._layer, Rotation(pairs, None), step, 0, self._cache)
-        residual_TH = normed_TH if self._shape.norm_before_residual else h_TH
-        y_TH = residual_TH + self._summed(operations.linear(attended, weights.out))
-        return y_TH + self._summed(operations.mlp(operations.norm(y_TH, weights.mlp_norm), weights.mlp))
+        operations.enter(qkv, self._layer, Rotation(pairs, None), places, 0, self._cache)
+        attended = operations.look(qkv[-len(h_kH) :], window, 0, self._cache)
+        residual_kH = normed_kH if self._shape.norm_before_residual else h_kH
+        y_kH = residual_kH + self._summed(operations.linear(attended, weights.out))
+        return y_kH + self._summed(operations.mlp(operations.norm(y_kH, weights.mlp_norm), weights.mlp))
 
 
 def decoder_config(config: DraftConfig) -> DecoderConfig:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .cache import Cache
 from .config import DecoderConfig, LayerConfig
 from .experts import SMALL, everywhere, gated, routed
-from .sights import Blocks, Step, Window
+from .sights import Blocks, Sight, Step, Window
 from .weights import Dense, Experts
 
 
@@ -79,14 +79,30 @@ class Operations:
 
         New keys and values enter ``cache`` on the way.
         """
+        self.enter(qkv, layer, rotation, step.places, index, cache)
+        return self.look(qkv, step.sights[layer.chunk], index, cache)
+
+    def enter(
+        self,
+        qkv: Tensor,
+        layer: LayerConfig,
+        rotation: Rotation,
+        places: Tensor | None,
+        index: int,
+        cache: Cache | None,
+    ) -> None:
+        """Give queries and keys their positions, in place, and put keys and values into their ``places`` in ``cache``."""
         heads, stored, width = self._heads
         if layer.rotates:
             self._rotate(qkv, rotation)
         elif rotation.temperature is not None:
             qkv.narrow(1, 0, heads * width).mul_(rotation.temperature)
-        if cache is not None and step.places is not None:
-            cache.layers[index].index_copy_(0, step.places, qkv.narrow(1, heads * width, 2 * stored * width))
-        sight = step.sights[layer.chunk]
+        if cache is not None and places is not None:
+            cache.layers[index].index_copy_(0, places, qkv.narrow(1, heads * width, 2 * stored * width))
+
+    def look(self, qkv: Tensor, sight: Sight, index: int, cache: Cache | None) -> Tensor:
+        """What the queries in ``qkv`` attend to, ``[T, N * W]``: each other's keys, or those in ``cache``."""
+        heads, stored, width = self._heads
         if isinstance(sight, Blocks):
             return self._attend_blocks(qkv.view(-1, heads + 2 * stored, width), sight)
         assert cache is not None
