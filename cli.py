@@ -17,7 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from .configs.entry import Lazy, explain, finish, opened, share_cores
+from .configs.entry import Lazy, explain, finish, first, opened, said_once, share_cores
 from .configs.errors import UserError
 from .configs.loader import describe, load, recipes
 from .configs.settings import Settings, TargetSettings
@@ -199,14 +199,24 @@ def _dispatch(arguments: Sequence[str]) -> None:
             imports.import_head(parsed.head, load(parsed.config, parsed.overrides), parsed.format, parsed.out)
         case "report":
             report_runs(parsed.runs)
+        case "eval":
+            with said_once():
+                run_recipe(parsed, ["eval"])
         case command:
-            settings = load(parsed.config, parsed.overrides)
-            with opened(settings) as folder:
-                run_stages(list(STAGES) if command == "run" else [command], Run(settings, folder))
+            run_recipe(parsed, list(STAGES) if command == "run" else [command])
+
+
+def run_recipe(parsed: argparse.Namespace, names: Sequence[str]) -> None:
+    """Complete the named stages of the recipe that the command line names."""
+    settings = load(parsed.config, parsed.overrides)
+    with opened(settings) as folder:
+        run_stages(names, Run(settings, folder))
 
 
 def run_stages(names: Sequence[str], run: Run) -> None:
     """Complete the named stages in order, saying of each how long it took; after eval, report.
+
+    Of several processes the first says so, and reports.
 
     Raises:
         UserError: a stage's, or two that must run side by side are to run one after the other.
@@ -225,7 +235,7 @@ def run_stages(names: Sequence[str], run: Run) -> None:
                 outcome.append("done before")
             if not outcome or name in ("train", "eval"):
                 stage.execute(run)
-    if "eval" in names:
+    if "eval" in names and first():
         report_runs([run.folder])
 
 
@@ -234,7 +244,8 @@ def _timed(name: str) -> Iterator[list[str]]:
     started, outcome = time.monotonic(), list[str]()
     yield outcome
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"{name:<12}{outcome[0] if outcome else f'done in {minutes}:{seconds:02d}'}", flush=True)
+    if first():
+        print(f"{name:<12}{outcome[0] if outcome else f'done in {minutes}:{seconds:02d}'}", flush=True)
 
 
 def report_runs(folders: Sequence[Path]) -> None:

@@ -33,7 +33,11 @@ from .weights import Place, allocate, places
 
 
 def load_native(
-    settings: TargetSettings, capacity: int, device: torch.device | None = None, group: Group | None = None
+    settings: TargetSettings,
+    capacity: int,
+    device: torch.device | None = None,
+    group: Group | None = None,
+    beside: int = 0,
 ) -> NativeTarget:
     """Load the target in a folder, of a hub name, or the model that ships ("embedded").
 
@@ -42,6 +46,7 @@ def load_native(
         capacity: tokens of all the caches that it will be asked for; 0 for recording.
         device: where it runs; default the group's, else the first GPU, or the CPU where there is none.
         group: the processes that hold it together, all of which call this; each reads its share alone.
+        beside: bytes of a draft head for which there must be room too.
 
     Raises:
         UserError: no such folder, a hub that cannot be reached, a family that is not computed here, files that are not
@@ -55,10 +60,10 @@ def load_native(
         whole = AutoConfig.from_pretrained(path, **where)
         family, config = family_of(whole, settings.path)
         if group is not None:
-            config = shard(config, group.share)
+            config = shard(config, group.share, setting=group.setting)
         dtype = DTYPES[settings.dtype]
         fields = configured(whole.get_text_config(), settings)  # which refuses layers that it has not
-        check_memory(settings.path, config, capacity, device, dtype)
+        check_memory(settings.path, config, capacity, device, dtype, group, beside)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         info = TargetInfo(
             **fields,

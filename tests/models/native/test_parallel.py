@@ -293,7 +293,7 @@ def test_a_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="tensor_parallel = 1: there are 4 processes"):
         join(1)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="tensor_parallel = 4: there are 2 GPUs here; start as many"):
