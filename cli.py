@@ -12,7 +12,7 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -69,9 +69,9 @@ class Run:
         """The target, this process's part of it, or its ends alone where servers record in its place."""
         if self.settings.record.endpoints:
             return target_files.load_ends(self.settings.target)
-        if self.settings.record.engine == "native":
-            return native_loading.load_native(self.settings.target, capacity=0)
         members = self.settings.record.tensor_parallel
+        if self.settings.record.engine == "native":
+            return native_loading.load_recorded(self.settings.target, members)
         return self.target if members == 1 else targets.load_target(self.settings.target, members)
 
     @property
@@ -199,18 +199,11 @@ def _dispatch(arguments: Sequence[str]) -> None:
             imports.import_head(parsed.head, load(parsed.config, parsed.overrides), parsed.format, parsed.out)
         case "report":
             report_runs(parsed.runs)
-        case "eval":
-            with said_once():
-                run_recipe(parsed, ["eval"])
         case command:
-            run_recipe(parsed, list(STAGES) if command == "run" else [command])
-
-
-def run_recipe(parsed: argparse.Namespace, names: Sequence[str]) -> None:
-    """Complete the named stages of the recipe that the command line names."""
-    settings = load(parsed.config, parsed.overrides)
-    with opened(settings) as folder:
-        run_stages(names, Run(settings, folder))
+            # Processes that evaluate together come to every end together.
+            ending = said_once() if command == "eval" else nullcontext()
+            with ending, opened(settings := load(parsed.config, parsed.overrides)) as folder:
+                run_stages(list(STAGES) if command == "run" else [command], Run(settings, folder))
 
 
 def run_stages(names: Sequence[str], run: Run) -> None:

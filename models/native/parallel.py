@@ -28,7 +28,8 @@ from torch import Tensor, distributed
 
 from ...configs.entry import started
 from ...configs.errors import UserError
-from ..parallel import PATIENCE
+from ..parallel import PATIENCE, here, meet
+from ..parallel import SETTING as RECORDING
 from .config import DecoderConfig, Share
 
 SETTING = "eval.tensor_parallel"
@@ -107,6 +108,18 @@ def join(size: int) -> Group | None:
     return Group(device)
 
 
+def join_members(members: int) -> Group | None:
+    """Meet the other members of this process's group, of which there may be several (``record.tensor_parallel``).
+
+    Raises:
+        UserError: the processes are no whole number of groups, or more than there are GPUs for.
+    """
+    if members == 1:
+        return None
+    meet(here(members))
+    return Group(own_device(RECORDING, members), setting=RECORDING)
+
+
 def own_device(setting: str, size: int) -> torch.device:
     """The GPU of this process among those of its machine, which it then uses; the CPU where there is none.
 
@@ -150,8 +163,9 @@ def shard(
         *more,
         (config.num_heads, "query heads"),
         (config.num_kv_heads, "key/value heads"),
-        (config.vocab_size, "tokens"),
     }
+    if not config.whole_head:
+        dealt.add((config.vocab_size, "tokens"))
     dealt |= {(layer.width, f"columns of an {'expert' if layer.experts else 'MLP'}") for layer in config.layers}
     if uneven := sorted(pair for pair in dealt if pair[0] % share.size):
         problem = f"it does not divide the {whose}'s {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
