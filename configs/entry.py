@@ -117,13 +117,12 @@ def opened(settings: Settings) -> Iterator[Path]:
     """
     folder = Path(settings.run.root) / settings.run.name
     recipe = folder / "config.yaml"
-    if not first():
-        yield folder
-        return
+    earlier = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = recipe.read_bytes() if recipe.exists() else None
-        save(settings, recipe)
+        if first():
+            earlier = recipe.read_bytes() if recipe.exists() else None
+            save(settings, recipe)
     except OSError as error:
         problem = f"{folder} cannot be written ({error.strerror})"
         remedy = "free some space or choose a folder that you may write to"

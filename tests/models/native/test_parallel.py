@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -317,6 +318,25 @@ def test_too_little_memory_for_a_share(
     meminfo.write_text(f"MemAvailable: {need // 1024 - 1} kB\n")
     with pytest.raises(UserError, match="target.path = it: on each of 2 processes its weights take"):
         check_memory("it", ours, CAPACITY, CPU, torch.float32)
+
+
+def test_processes_share_the_memory_of_their_machine(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks for its share, and for that of a head beside it."""
+    ours = shard(family_of(AutoConfig.from_pretrained(folders["llama"]), "")[1], Share(1, 2))
+    meminfo, group = tmp_path / "meminfo", cast(Group, SimpleNamespace(least=lambda free: free))
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    need = sum(needed_bytes(ours, CAPACITY, torch.float32))
+    for here, beside in ((1, 0), (2, 0), (2, 4096)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        meminfo.write_text(f"MemAvailable: {here * (need + beside) // 1024 + 1} kB\n")
+        check_memory("it", ours, CAPACITY, CPU, torch.float32, group, beside)
+        meminfo.write_text(f"MemAvailable: {here * (need + beside) // 1024 - 1} kB\n")
+        with pytest.raises(
+            UserError, match=r"more processes \(record.tensor_parallel, eval.tensor_parallel\), or bfloat16"
+        ):
+            check_memory("it", ours, CAPACITY, CPU, torch.float32, group, beside)
 
 
 def test_a_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
