@@ -12,12 +12,12 @@ import difflib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from .configs.entry import Lazy, explain, finish, opened, share_cores
+from .configs.entry import Lazy, explain, finish, first, opened, said_once, share_cores
 from .configs.errors import UserError
 from .configs.loader import describe, load, recipes
 from .configs.settings import Settings, TargetSettings
@@ -69,9 +69,9 @@ class Run:
         """The target, this process's part of it, or its ends alone where servers record in its place."""
         if self.settings.record.endpoints:
             return target_files.load_ends(self.settings.target)
-        if self.settings.record.engine == "native":
-            return native_loading.load_native(self.settings.target, capacity=0)
         members = self.settings.record.tensor_parallel
+        if self.settings.record.engine == "native":
+            return native_loading.load_recorded(self.settings.target, members)
         return self.target if members == 1 else targets.load_target(self.settings.target, members)
 
     @property
@@ -200,13 +200,16 @@ def _dispatch(arguments: Sequence[str]) -> None:
         case "report":
             report_runs(parsed.runs)
         case command:
-            settings = load(parsed.config, parsed.overrides)
-            with opened(settings) as folder:
+            # Processes that evaluate together come to every end together.
+            ending = said_once() if command == "eval" else nullcontext()
+            with ending, opened(settings := load(parsed.config, parsed.overrides)) as folder:
                 run_stages(list(STAGES) if command == "run" else [command], Run(settings, folder))
 
 
 def run_stages(names: Sequence[str], run: Run) -> None:
     """Complete the named stages in order, saying of each how long it took; after eval, report.
+
+    Of several processes the first says so, and reports.
 
     Raises:
         UserError: a stage's, or two that must run side by side are to run one after the other.
@@ -225,7 +228,7 @@ def run_stages(names: Sequence[str], run: Run) -> None:
                 outcome.append("done before")
             if not outcome or name in ("train", "eval"):
                 stage.execute(run)
-    if "eval" in names:
+    if "eval" in names and first():
         report_runs([run.folder])
 
 
@@ -234,7 +237,8 @@ def _timed(name: str) -> Iterator[list[str]]:
     started, outcome = time.monotonic(), list[str]()
     yield outcome
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    print(f"{name:<12}{outcome[0] if outcome else f'done in {minutes}:{seconds:02d}'}", flush=True)
+    if first():
+        print(f"{name:<12}{outcome[0] if outcome else f'done in {minutes}:{seconds:02d}'}", flush=True)
 
 
 def report_runs(folders: Sequence[Path]) -> None:

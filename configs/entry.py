@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .errors import Eagle3Error, Interrupted, UserError
+from .errors import Eagle3Error, Interrupted, Told, UserError
 from .loader import describe, save, write_recipe
 from .settings import Settings
 
@@ -43,6 +43,8 @@ def finish(command: Callable[[], None]) -> int:
     SIGTERM outside a stage's units ends the command as Ctrl-C does. What a stage has finished stays, so both are
     resumable; so is a command whose reader went away. A disk that is full, or a quota that is used up, is the user's to
     mend wherever it shows. Other exceptions are bugs and keep their traceback.
+
+    A launcher that sees a process end tells the others to: one that has its exit code by then ends with that.
     """
     earlier = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -51,6 +53,8 @@ def finish(command: Callable[[], None]) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
+    except Told as told:
+        return told.exit_code
     except Eagle3Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -68,8 +72,33 @@ def finish(command: Callable[[], None]) -> int:
         print(f"error: {UserError('disk', place, f'it is full ({error.strerror})', remedy)}", file=sys.stderr)
         return UserError.exit_code
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, earlier if started() == 1 else signal.SIG_IGN)
     return 0
+
+
+def started() -> int:
+    """How many processes a launcher such as torchrun has started with this one; 1: it was started alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first() -> bool:
+    """Whether this is the first of them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What several processes do together: of an end to which they all come the first tells, and the others are quiet.
+
+    Raises:
+        Told: in the others.
+    """
+    try:
+        yield
+    except Eagle3Error as error:
+        if first():
+            raise
+        raise Told(error.exit_code) from error
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -80,17 +109,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def opened(settings: Settings) -> Iterator[Path]:
     """The run's folder, with the recipe in ``config.yaml``, so that a command can be resumed from there alone.
 
-    A recipe that a stage refuses does not replace the one that the run was made with.
+    A recipe that a stage refuses does not replace the one that the run was made with. Of several processes the first
+    writes it.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = Path(settings.run.root) / settings.run.name
     recipe = folder / "config.yaml"
+    earlier = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        earlier = recipe.read_bytes() if recipe.exists() else None
-        save(settings, recipe)
+        if first():
+            earlier = recipe.read_bytes() if recipe.exists() else None
+            save(settings, recipe)
     except OSError as error:
         problem = f"{folder} cannot be written ({error.strerror})"
         remedy = "free some space or choose a folder that you may write to"

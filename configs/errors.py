@@ -42,6 +42,18 @@ class Incomplete(Eagle3Error):
     exit_code = 3
 
 
+class Told(Eagle3Error):
+    """Another process, which works together with this one, says why both end; this one has only its exit code.
+
+    Args:
+        exit_code: of both.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("another process has said why")
+
+
 class Interrupted(Eagle3Error):
     """A signal ended the command after the current unit was saved; the message says how to resume."""
 

@@ -89,6 +89,7 @@ LIMITS = {
     "train.validate_every": _least(1),
     "train.patience": _least(1),
     "train.keep_checkpoints": _least(1),
+    "eval.tensor_parallel": _least(1),
     "eval.chain": _least(1),
     "eval.temperatures": NOT_NEGATIVE,
     "eval.prompts": _least(1),
@@ -117,13 +118,15 @@ def check(settings: Settings) -> None:
     if len(set(settings.eval.temperatures)) < len(settings.eval.temperatures):
         raise UserError("eval.temperatures", _listed(settings.eval.temperatures), "one stands twice", "give each once")
     _check_draftings(settings.eval)
+    if settings.eval.tensor_parallel > 1 and settings.eval.engine == "transformers":
+        problem = "transformers (eval.engine) holds the target in one process"
+        raise UserError("eval.tensor_parallel", settings.eval.tensor_parallel, problem, "set eval.engine=native, or 1")
     if settings.record.endpoints and settings.record.tensor_parallel > 1:
         problem = "servers record (record.endpoints), and hold the target as they were told (record.server_gpus)"
         raise UserError("record.tensor_parallel", settings.record.tensor_parallel, problem, "leave one of the two out")
-    if settings.record.engine != "transformers" and (settings.record.endpoints or settings.record.tensor_parallel > 1):
-        problem = "it is for one process that holds the whole target"
-        remedy = "leave out record.endpoints and record.tensor_parallel, or this"
-        raise UserError("record.engine", settings.record.engine, problem, remedy)
+    if settings.record.engine != "transformers" and settings.record.endpoints:
+        problem = "servers record (record.endpoints), each in its own engine"
+        raise UserError("record.engine", settings.record.engine, problem, "leave one of the two out")
     if settings.record.spool_shards is not None and settings.train.epochs != 1:
         problem = f"states in a spool (record.spool_shards = {settings.record.spool_shards}) are read once"
         raise UserError("train.epochs", settings.train.epochs, problem, "set train.epochs=1, or set no spool_shards")

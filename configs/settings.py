@@ -207,6 +207,9 @@ class EvalSettings:
     engine: str = "native"
     """What runs the target: native, for Llama 3 and Llama 4, which verifies chains and trees, or transformers, which knows
     every family and verifies chains alone."""
+    tensor_parallel: int = 1
+    """Processes that hold target and draft together in the native engine, each with its part of every matrix: as many as
+    torchrun --nproc-per-node starts. 1: one process holds all, on one GPU."""
     chain: int = 5
     """Drafted tokens per round: the main drafting, of which headlines, sources and examples are shown."""
     beside: tuple[str, ...] = ()

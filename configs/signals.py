@@ -20,7 +20,8 @@ class StopRequest:
                 stop.check(f"{done} of {len(units)} shards are recorded")
 
     The first signal only sets ``requested``. It also puts the earlier handlers back, so that a second one ends a unit
-    that takes too long. Several processes must agree before they leave a collective: let them reduce ``requested``.
+    that takes too long. Several processes must agree before they leave a collective: let them reduce ``requested``, and
+    raise :meth:`end` where it came to any.
 
     Args:
         resume: the command that goes on from here, told to the user.
@@ -43,7 +44,11 @@ class StopRequest:
     def check(self, state: str) -> None:
         """Raise :class:`Interrupted`, saying ``state`` and how to resume, if a signal came."""
         if self.requested:
-            raise Interrupted(f"interrupted: {state}; resume with: {self.resume}")
+            raise self.end(state)
+
+    def end(self, state: str) -> Interrupted:
+        """What :meth:`check` raises."""
+        return Interrupted(f"interrupted: {state}; resume with: {self.resume}")
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -116,9 +116,14 @@ def record(settings: Settings, run_dir: Path, target: RecordedTarget, recorder: 
 
 def _follow(target: RecordedTarget, stop: StopRequest) -> None:
     """Compute what the first member of the group records; a signal ends it when it ends that one."""
-    assert isinstance(target, Target)
-    for input_ids in announced():
-        target.forward(input_ids)
+    told = announced()
+    if isinstance(target, NativeTarget):
+        for lengths, packed in zip(told, told, strict=True):
+            target.prefill(packed[0], lengths[0].tolist())
+    else:
+        assert isinstance(target, Target)
+        for input_ids in told:
+            target.forward(input_ids)
     stop.check("the process that records what this one computes has ended")
 
 
@@ -133,7 +138,7 @@ def _place(settings: Settings) -> Place:
 def _recorder(settings: Settings, target: RecordedTarget, ours: Place) -> Recorder:
     """The target itself where it, or a part of it, is here, else the servers that have it."""
     if isinstance(target, NativeTarget):
-        return NativeRecorder(target)
+        return NativeRecorder(target, ours)
     return TransformersRecorder(target, ours) if isinstance(target, Target) else VllmRecorder(settings, target)
 
 

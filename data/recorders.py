@@ -83,16 +83,23 @@ class TransformersRecorder:
 
 
 class NativeRecorder:
-    """The native target, whose batches are packed: nothing is padded."""
+    """The native target, whose batches are packed: nothing is padded.
 
-    def __init__(self, target: NativeTarget) -> None:
-        self.target = target
+    Args:
+        target: the model.
+        ours: as of :class:`TransformersRecorder`; the others are told lengths, then tokens.
+    """
+
+    def __init__(self, target: NativeTarget, ours: Place = ALONE) -> None:
+        self.target, self._ours = target, ours
 
     def record(self, batches: Iterable[Sequence[np.ndarray]]) -> Generator[States, None, None]:
         """One forward pass a batch, when its first states are asked for; see :class:`Recorder`."""
         for sequences in batches:
             lengths, cuda = [len(ids) for ids in sequences], self.target.device.type == "cuda"
             packed_N = torch.from_numpy(np.concatenate(sequences)).long()
+            announce(self._ours, torch.tensor([lengths]))
+            announce(self._ours, packed_N[None])
             output = self.target.prefill(packed_N.pin_memory() if cuda else packed_N, lengths)
             parts = output.features.split(lengths), output.last_hidden.split(lengths)
             yield from (States(*states) for states in zip(*parts, strict=True))

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..configs.drafting import Drafting
 from ..configs.settings import TargetSettings
-from ..models.draft import Eagle3Draft
-from ..models.native.draft import NativeDraft
+from ..models.draft import DraftConfig, Eagle3Draft
+from ..models.native.draft import NativeDraft, draft_bytes
 from ..models.native.loading import load_native
+from ..models.native.parallel import Group
 from ..models.native.target import NativeTarget
-from ..models.target import Target, load_target
+from ..models.target import DTYPES, Target, load_target
 from .drafters import ChainDrafter, TreeDrafter
 from .environment import ENGINE
 from .speculate import Drafter, NativeVerifier, TargetVerifier, Verifier
@@ -31,7 +32,14 @@ AnyTarget = Target | NativeTarget
 Loader = Callable[[TargetSettings], Target]
 
 
-def load_engine(settings: TargetSettings, engine: str, capacity: int, load: Loader = load_target) -> AnyTarget:
+def load_engine(
+    settings: TargetSettings,
+    engine: str,
+    capacity: int,
+    load: Loader = load_target,
+    group: Group | None = None,
+    beside: int = 0,
+) -> AnyTarget:
     """The target in ``engine``.
 
     Args:
@@ -39,6 +47,8 @@ def load_engine(settings: TargetSettings, engine: str, capacity: int, load: Load
         engine: "native" or "transformers".
         capacity: positions of the verifier that will be made.
         load: where transformers' model comes from.
+        group: the processes that hold a native one together, all of which call this.
+        beside: bytes of the head that drafts, for which the native one leaves room.
 
     Raises:
         UserError: as :func:`load_native` and :func:`load_target`; the native engine knows before it loads what fits.
@@ -49,7 +59,7 @@ def load_engine(settings: TargetSettings, engine: str, capacity: int, load: Load
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return load_native(settings, capacity)
+    return load_native(settings, capacity, group=group, beside=beside)
 
 
 def engine_name(target: AnyTarget) -> str:
@@ -64,6 +74,17 @@ def make_verifier(target: AnyTarget, capacity: int) -> Verifier:
     return TargetVerifier(target, capacity)
 
 
+def head_bytes(
+    draftings: Sequence[Drafting], draft: DraftConfig, capacity: int, dtype: str, group: Group | None = None
+) -> int:
+    """What the head takes that :func:`make_drafters` makes, in this process.
+
+    Raises:
+        UserError: it cannot be dealt evenly to the processes of ``group``.
+    """
+    return draft_bytes(draft, capacity, _rows(draftings), DTYPES[dtype], group)
+
+
 def make_drafters(
     draftings: Sequence[Drafting], target: AnyTarget, draft: Eagle3Draft, capacity: int
 ) -> dict[str, Drafter]:
@@ -71,10 +92,14 @@ def make_drafters(
 
     They share one head: a request is one drafter's at a time.
     """
-    group = target.decoder.group if isinstance(target, NativeTarget) else None
-    rows = max(drafting.length * drafting.top_k for drafting in draftings)
-    head = NativeDraft(draft, target.head.embedding, capacity, rows, group)
+    group = target.group if isinstance(target, NativeTarget) else None
+    head = NativeDraft(draft, target.head.embedding, capacity, _rows(draftings), group)
     return {drafting.name: _make_drafter(drafting, head) for drafting in draftings}
+
+
+def _rows(draftings: Sequence[Drafting]) -> int:
+    """Most rows of a proposal."""
+    return max(drafting.length * drafting.top_k for drafting in draftings)
 
 
 def _make_drafter(drafting: Drafting, head: NativeDraft) -> Drafter:

@@ -15,14 +15,15 @@ ENGINE = f"transformers {metadata.version('transformers')}"
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
-def environment(device: torch.device) -> dict[str, Json]:
-    """Versions, processor, threads and device, as report.json holds them."""
+def environment(device: torch.device, processes: int = 1) -> dict[str, Json]:
+    """Versions, processor, threads and device, as report.json holds them; ``processes`` hold the target together."""
     return {
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

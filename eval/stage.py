@@ -1,12 +1,16 @@
 """Stage 5: answer the test prompts with the draft and without it, and write down everything that happened.
 
     eagle3 eval configs/tiny.yaml
+    torchrun --nproc-per-node 8 --no-python eagle3 eval configs/maverick.yaml eval.tensor_parallel=8    # one process a GPU
 
 Every prompt is answered at every temperature plainly and once with each drafting, one right after the other, and in an
 order that rotates among the prompts of a source, so that whatever else the machine does falls on all. Each such group is
 appended to ``eval/traces.jsonl`` (the format is explained in :mod:`.traces`) and synced; a run that was interrupted goes
 on with the next group. ``eval/eval.json`` says how the answers were made, and is written last: where it stands, the
 stage is complete. Metrics are made from these two files (:mod:`.metrics`), so that they can be made again without decoding.
+
+Processes that hold the target together (``eval.tensor_parallel``) all decode the same; the first looks at files and writes
+them, and tells the others what it found (:mod:`.agreement`). A signal to one ends all after the same group.
 """
 
 from __future__ import annotations
@@ -14,42 +18,41 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 from ..configs.drafting import Drafting, named
+from ..configs.entry import started
 from ..configs.errors import UserError
-from ..configs.settings import EvalSettings, Settings
+from ..configs.settings import EvalSettings, Settings, TargetSettings
 from ..configs.signals import StopRequest
-from ..data.chat import prompt_ids
-from ..data.choice import deal
-from ..data.conversations import Conversation, read_conversations
-from ..data.corpus import digest
 from ..data.files import encode_json, file_sha256, write_atomic
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
+from ..models.native.parallel import Group, join
 from ..models.repeats import repeated
-from ..models.target import DTYPES, TargetText, load_target, load_text, opened
+from ..models.target import load_target, load_text, opened
 from ..models.weights import weights_sha256
-from .engines import AnyTarget, Loader, engine_name, load_engine, make_drafters, make_verifier, next_logits
+from .agreement import led, stopping
+from .engines import AnyTarget, Loader, engine_name, head_bytes, load_engine, make_drafters, make_verifier, next_logits
 from .environment import environment
-from .speculate import Decoded, Drafter, Limits, Sampling, Verifier, decode
+from .jobs import Job, make_jobs, positions
+from .speculate import Decoded, Drafter, Limits, Verifier, decode
 from .traces import BASELINE, SPECULATIVE, Lossless, Trace, pieces, resume
 
 WARM_UP_TOKENS = 16
 
 
-class Job(NamedTuple):
-    """One prompt at one temperature; ``turn`` counts those of its source, and says which of its answers is the first."""
+class Plan(NamedTuple):
+    """What is to be done: ``jobs``, for requests of at most ``capacity`` positions."""
 
-    conversation: Conversation
-    prompt: list[int]
-    sampling: Sampling
-    turn: int
+    stage: Stage
+    jobs: list[Job]
+    capacity: int
 
 
 class Bench(NamedTuple):
@@ -64,6 +67,8 @@ class Bench(NamedTuple):
 def evaluate(settings: Settings, run_dir: Path, load: Loader = load_target) -> None:
     """Write ``eval/traces.jsonl`` and ``eval/eval.json``; nothing where they stand, the rest where some is missing.
 
+    Of processes that hold the target together (``eval.tensor_parallel``) all call this, and come to the same end.
+
     Args:
         settings: the recipe.
         run_dir: the run's folder, with ``conversations/prompts.jsonl`` and ``draft/``.
@@ -71,43 +76,78 @@ def evaluate(settings: Settings, run_dir: Path, load: Loader = load_target) -> N
 
     Raises:
         UserError: answers longer than the target's context, no test prompts, a target that the engine does not compute or
-            for which there is no memory, a draft that does not fit it, or an evaluation that was begun with other
-            settings, draft or prompts.
+            for which there is no memory, a draft that does not fit it, an evaluation that was begun with other settings,
+            draft or prompts, or another number of processes than the recipe says.
         Interrupted: a signal came; the groups so far are kept.
+        Told: the first process raises one of these, and this is another.
     """
-    folder = run_dir / "eval"
-    stage = Stage("eval", run_dir, folder, _inputs(settings, run_dir))
-    if stage.begun() and (folder / "eval.json").exists():
-        return
-    chosen = dataclasses.replace(settings.target, dtype=settings.eval.dtype)
     draftings = named(settings.eval.chain, settings.eval.beside)
-    text = load_text(chosen)
-    jobs = _jobs(settings, run_dir, text)
-    capacity = _capacity(settings.eval, draftings, jobs, text)
-    target = load_engine(chosen, settings.eval.engine, capacity, load)
-    draft = _fitting_draft(draft_folder(settings, run_dir), target)
+    group = _processes(settings, run_dir)
+    plan = led(group, lambda: _plan(settings, run_dir, draftings))
+    if plan is None:
+        return
+    draft = load_draft(draft_folder(settings, run_dir)).eval()
+    beside = head_bytes(draftings, draft.config, plan.capacity, settings.eval.dtype, group)
+    target = load_engine(_target(settings), settings.eval.engine, plan.capacity, load, group, beside)
+    _check_fits(draft_folder(settings, run_dir), draft, target)
     bench = Bench(
         target,
-        make_verifier(target, capacity),
-        make_drafters(draftings, target, draft, capacity),
+        make_verifier(target, plan.capacity),
+        make_drafters(draftings, target, draft, plan.capacity),
         Limits(settings.eval.max_new_tokens, target.info.eos_ids),
     )
-    stage.begin()
-    traces, size = folder / "traces.jsonl", 1 + len(draftings)
-    done = resume(traces, size)
+    _answer(plan, bench, group)
+    if group is None or group.rank == 0:
+        described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
+        write_atomic(plan.stage.folder / "eval.json", encode_json(described))
+
+
+def _processes(settings: Settings, run_dir: Path) -> Group | None:
+    """Those that hold the target together; what is complete needs none."""
+    if started() == 1 and (run_dir / "eval" / "eval.json").exists():
+        return None
+    return join(settings.eval.tensor_parallel)
+
+
+def _target(settings: Settings) -> TargetSettings:
+    return dataclasses.replace(settings.target, dtype=settings.eval.dtype)
+
+
+def _plan(settings: Settings, run_dir: Path, draftings: Sequence[Drafting]) -> Plan | None:
+    """None where nothing is to be done."""
+    stage = Stage("eval", run_dir, run_dir / "eval", _inputs(settings, run_dir))
+    if stage.begun() and (stage.folder / "eval.json").exists():
+        return None
+    text = load_text(_target(settings))
+    jobs = make_jobs(settings, run_dir, text)
+    return Plan(stage, jobs, positions(settings.eval, draftings, jobs, text))
+
+
+def _answer(plan: Plan, bench: Bench, group: Group | None) -> None:
+    """Answer what has no answers yet; of a group all answer, and the first writes."""
+    jobs, size, traces = plan.jobs, 1 + len(bench.drafters), plan.stage.folder / "traces.jsonl"
+    done = led(group, lambda: _begin(plan.stage, traces, size))
     progress = Progress("eval", "answers", size * len(jobs), size * done)
-    with StopRequest(stage.resume) as stop, traces.open("ab") as file:
+    writing = traces.open("ab") if group is None or group.rank == 0 else nullcontext()
+    with StopRequest(plan.stage.resume) as stop, writing as file:
         if done < len(jobs):
             most, end_ids = bench.limits
             _group(bench._replace(limits=Limits(min(WARM_UP_TOKENS, most), end_ids)), jobs[0])
         for number, job in enumerate(jobs[done:], done):
-            group = _group(bench, job)
-            file.write(b"".join(trace.to_line() for trace in group))
-            file.flush()
-            os.fsync(file.fileno())
-            progress.advance(size, sum(len(trace.ids) for trace in group))
-            stop.check(f"{number + 1} of {len(jobs)} prompts are answered")
-    write_atomic(folder / "eval.json", encode_json(_description(settings, run_dir, target, draft)))
+            answers = _group(bench, job)
+            if file is not None:
+                file.write(b"".join(trace.to_line() for trace in answers))
+                file.flush()
+                os.fsync(file.fileno())
+                progress.advance(size, sum(len(trace.ids) for trace in answers))
+            if stopping(group, stop):
+                raise stop.end(f"{number + 1} of {len(jobs)} prompts are answered")
+
+
+def _begin(stage: Stage, traces: Path, size: int) -> int:
+    """How many groups of ``size`` answers there are."""
+    stage.begin()
+    return resume(traces, size)
 
 
 def draft_folder(settings: Settings, run_dir: Path) -> Path:
@@ -141,8 +181,7 @@ def _chosen(settings: EvalSettings) -> dict[str, Json]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-def _fitting_draft(folder: Path, target: AnyTarget) -> Eagle3Draft:
-    draft = load_draft(folder)
+def _check_fits(folder: Path, draft: Eagle3Draft, target: AnyTarget) -> None:
     for name, ours, theirs in (
         ("hidden size", draft.config.hidden_size, target.info.hidden_size),
         ("vocabulary", draft.config.vocab_size, target.info.vocab_size),
@@ -151,43 +190,6 @@ def _fitting_draft(folder: Path, target: AnyTarget) -> Eagle3Draft:
         if ours != theirs:
             problem = f"its {name} is {ours}, the target's is {theirs}"
             raise UserError("draft", folder, problem, "set target.path and target.layers to what it was trained on")
-    return draft.to(device=target.device, dtype=DTYPES[target.info.dtype]).eval()
-
-
-def _jobs(settings: Settings, run_dir: Path, text: TargetText) -> list[Job]:
-    """The test prompts, dealt evenly over their sources, at each temperature in turn."""
-    found = [c for c in read_conversations(run_dir / "conversations" / "prompts.jsonl") if c.split == "test"]
-    if not found:
-        raise UserError("prepare.test", settings.prepare.test, "there are no test prompts", "give 1 or more")
-    chosen = list(itertools.islice(deal(found), settings.eval.prompts))
-    prompts = [prompt_ids(text.tokenizer, conversation) for conversation in chosen]
-    jobs, turns = [], Counter[str]()
-    for temperature in settings.eval.temperatures:
-        for conversation, prompt in zip(chosen, prompts, strict=True):
-            sampling = Sampling(temperature, settings.eval.sampling, _seed(settings, conversation.id))
-            # Dealt prompts go round the sources: turns counted over all of them would give each source one order only.
-            jobs.append(Job(conversation, prompt, sampling, turns[conversation.source]))
-            turns[conversation.source] += 1
-    return jobs
-
-
-def _seed(settings: Settings, prompt_id: str) -> int:
-    """A seed of the prompt's own, so that a report over fewer prompts has the same answers."""
-    return digest(f"eval:{settings.run.seed}:{prompt_id}") % (1 << 31)
-
-
-def _capacity(settings: EvalSettings, draftings: Sequence[Drafting], jobs: Sequence[Job], text: TargetText) -> int:
-    """Positions of the longest request; of a tree, whose nodes stand side by side, each takes room and a level a position.
-
-    Raises:
-        UserError: the target has not as many.
-    """
-    answered = max(len(job.prompt) for job in jobs) + settings.max_new_tokens + 1
-    needed = answered + max(drafting.length for drafting in draftings)
-    if needed > text.max_positions:
-        problem = f"prompt, answer and drafted tokens take {needed} positions, the target has {text.max_positions}"
-        raise UserError("eval.max_new_tokens", settings.max_new_tokens, problem, "lower it or leave out long prompts")
-    return answered + max(drafting.most for drafting in draftings)
 
 
 def _group(bench: Bench, job: Job) -> list[Trace]:
@@ -236,7 +238,9 @@ def compare(target: AnyTarget, prompt: list[int], plain: list[int], fast: list[i
     return Lossless(False, position, best - second)
 
 
-def _description(settings: Settings, run_dir: Path, target: AnyTarget, draft: Eagle3Draft) -> dict[str, Json]:
+def _description(
+    settings: Settings, run_dir: Path, target: AnyTarget, draft: Eagle3Draft, processes: int
+) -> dict[str, Json]:
     chosen = settings.prepare.prompts
     shape, folder = dataclasses.asdict(draft.config), draft_folder(settings, run_dir)
     noted = read_config(folder / CONFIG)
@@ -260,5 +264,5 @@ def _description(settings: Settings, run_dir: Path, target: AnyTarget, draft: Ea
             "training": noted.get("eagle3_training"),
             "imported": noted.get("eagle3_import"),
         },
-        "environment": environment(target.device),
+        "environment": environment(target.device, processes),
     }

@@ -25,7 +25,7 @@
 * ``lossless``: at T=0, on speculative answers, the comparison with the baseline: ``{"equal": true, "position": null,
   "gap": null}``, or the first differing position and the target's top-2 logit gap there; a gap below 1e-4 is a tie.
 
-Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"engine": "native", "chain": 5, "beside":
+Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"engine": "native", "tensor_parallel": 1, "chain": 5, "beside":
 ["tree 60/7/10"], "temperatures": [...], "prompts": 48, "max_new_tokens": 128, "sampling": "sampled", "dtype": "float32"}, "seed": 0, "batch": 1,
 "engine": "...", "target": {...}, "draft": {...}, "environment": {...}}``.
 """

@@ -1,5 +1,7 @@
 """One target held by several processes together, each with its part of every matrix, by transformers' own plan.
 
+:mod:`.native.parallel` is the native engine's; its recorders stand in the same groups, and follow in the same way.
+
     torchrun --nproc-per-node 8 --no-python eagle3 record maverick record.tensor_parallel=8
 
 Ranks next to each other make a group. Its members compute the same batches at the same time: the first decides which,
@@ -91,7 +93,12 @@ def join(members: int, config: PretrainedConfig) -> dict[str, Any]:
     heads = config.get_text_config().num_key_value_heads
     if heads % members:
         raise UserError(SETTING, members, f"the target has {heads} key/value heads", "give a divisor of that number")
-    ours = here(members)
+    meet(here(members))
+    return {"distributed_config": DistributedConfig(tp_size=members)}
+
+
+def meet(ours: Place) -> None:
+    """Make torch's default process group of the members of this process's group, if none stands."""
     if not distributed.is_initialized():
         store, _, _ = next(rendezvous("env://"))
         if torch.cuda.is_available():
@@ -100,10 +107,9 @@ def join(members: int, config: PretrainedConfig) -> dict[str, Any]:
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             store=PrefixStore(f"target {ours.group}", store),
             rank=ours.member,
-            world_size=members,
+            world_size=ours.members,
             timeout=PATIENCE,
         )
-    return {"distributed_config": DistributedConfig(tp_size=members)}
 
 
 def from_first(value: Value) -> Value:

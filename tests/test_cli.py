@@ -63,6 +63,36 @@ def raising(error: BaseException) -> Outcome:
     return outcome
 
 
+def test_one_of_several_processes_ends_with_a_code_of_its_own(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher that sees one end sends the others SIGTERM; and one of them says that all is done."""
+    earlier = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["eval", "tiny"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == earlier
+    assert capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    try:
+        assert cli.main(["eval", "tiny"]) == 0
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: a = 1: b; c\n"), ("1", "")])
+def test_what_all_who_evaluate_find_the_first_says(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, said: str
+) -> None:
+    """Recorders know nothing of each other, and each says what it finds."""
+    monkeypatch.setenv("RANK", rank)
+    for name in ("eval", "record"):
+        pipeline.outcome[name] = raising(UserError("a", 1, "b", "c"))
+        assert cli.main([name, "tiny"]) == 2
+        assert capsys.readouterr().err == (said if name == "eval" else "error: a = 1: b; c\n")
+
+
 def test_run_goes_through_all_stages_and_ends_with_the_report(
     pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:

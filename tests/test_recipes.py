@@ -31,6 +31,7 @@ def test_the_flagship_is_what_its_target_needs() -> None:
     settings = loader.load("maverick")
     assert settings.target.layers == (1, 23, 44)
     assert settings.target.dtype == "bfloat16"
+    assert f"#SBATCH --gpus-per-node={settings.eval.tensor_parallel}\n" in (ROOT / "slurm" / "eval.sbatch").read_text()
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
@@ -104,6 +105,18 @@ def test_a_batch_job_runs_its_commands_in_order(cluster: Path) -> None:
     assert code == 0
     assert [re.findall(r"eagle3\\? (\w+)", call) for call in calls] == [["prepare"], ["regenerate"], ["record"]]
     assert all(call.endswith(r"tiny run.name=a\ b") for call in calls)
+
+
+def test_a_batch_job_starts_a_process_for_each_gpu_that_evaluates(cluster: Path) -> None:
+    code, (call,) = submit(cluster, "eval.sbatch", "tiny", "run.name=a b")
+    assert code == 0
+    step = ["bash", "-c", call.removeprefix("srun")]
+    (cluster / "torchrun").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    (cluster / "torchrun").chmod(0o755)
+    environment = os.environ | {"SLURM_GPUS_PER_NODE": "4", "PATH": f"{cluster}:{os.environ['PATH']}"}
+    found = subprocess.run(step, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    asked = ["eagle3", "eval", "tiny", "run.name=a b", "eval.tensor_parallel=4"]
+    assert found == ["--nproc-per-node", "4", "--no-python", *asked]
 
 
 @pytest.mark.parametrize(("ending", "expected"), [("75", ["requeue 7"]), ("2", []), ("3", [])])

@@ -67,6 +67,7 @@ class DecoderConfig:
     ``qk_norm``: rotated queries and keys are divided by their root mean square, in layers that rotate. ``top_k``:
     experts that a token visits; each takes the token scaled by the sigmoid of its router logit. ``tied``: the LM head is
     the embedding. ``share``: heads and the layers' widths are those of this share; all else is the whole decoder's.
+    ``whole_head``: the LM head is whole in every share.
     """
 
     vocab_size: int
@@ -83,6 +84,7 @@ class DecoderConfig:
     top_k: int = 1
     tied: bool = False
     share: Share = WHOLE
+    whole_head: bool = False
 
     @property
     def query_width(self) -> int:

@@ -16,13 +16,14 @@ the width of a head, Q widths of all queries, keys and values.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..draft import DraftConfig, Eagle3Draft, rotation_table
-from .cache import Cache
+from .cache import Cache, cache_bytes
 from .config import WHOLE, DecoderConfig, LayerConfig, Share
 from .operations import Operations, Rotation
 from .parallel import Group, shard
@@ -45,6 +46,12 @@ class DraftWeights(NamedTuple):
     mlp: Dense
     norm: Tensor
     lm_head: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that they take."""
+        parts = [(part,) if isinstance(part, Tensor) else part for part in self]
+        return sum(tensor.numel() * tensor.element_size() for tensors in parts for tensor in tensors)
 
 
 class NativeDraft:
@@ -69,7 +76,7 @@ class NativeDraft:
         self.device, self.vocab_size = embedding.device, len(embedding)
         #: Target ids ``[D]`` of the draft vocabulary.
         self.vocabulary = draft.draft_ids.to(self.device)
-        config = shard(decoder_config(draft.config), share, "draft", [(draft.config.hidden_size, "columns of fc")])
+        config = dealt_config(draft.config, share)
         self._weights = gathered(draft, embedding, share)
         self._layer = config.layers[0]
         self._operations = Operations(config, self.device)
@@ -164,6 +171,24 @@ class NativeDraft:
         residual_kH = normed_kH if self._shape.norm_before_residual else h_kH
         y_kH = residual_kH + self._summed(operations.linear(attended, weights.out))
         return y_kH + self._summed(operations.mlp(operations.norm(y_kH, weights.mlp_norm), weights.mlp))
+
+
+def draft_bytes(
+    config: DraftConfig, capacity: int, drafted: int, dtype: torch.dtype, group: Group | None = None
+) -> int:
+    """What a :class:`NativeDraft` of these arguments will take in this process; raises as that does."""
+    share = WHOLE if group is None else group.share
+    dealt = dealt_config(config, share)
+    with torch.device("meta"):
+        draft = Eagle3Draft(replace(config, vocab_size=config.draft_vocab_size))
+    weights = gathered(draft, torch.empty(0, dtype=dtype, device="meta"), share)
+    own = config.draft_vocab_size * weights.qkv.shape[1] * dtype.itemsize
+    return weights.nbytes + own + cache_bytes(dealt, capacity + drafted, dtype.itemsize)
+
+
+def dealt_config(config: DraftConfig, share: Share) -> DecoderConfig:
+    """One share of :func:`decoder_config`'s; raises where it cannot be dealt evenly."""
+    return shard(decoder_config(config), share, "draft", [(config.hidden_size, "columns of fc")])
 
 
 def decoder_config(config: DraftConfig) -> DecoderConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,18 @@ from .decoder import Decoder
 from .families import SETTING, family_of
 from .memory import check_memory
 from .operations import Operations
-from .parallel import Group, shard
+from .parallel import Group, join_members, shard
 from .target import NativeTarget
 from .weights import Place, allocate, places
 
 
 def load_native(
-    settings: TargetSettings, capacity: int, device: torch.device | None = None, group: Group | None = None
+    settings: TargetSettings,
+    capacity: int,
+    device: torch.device | None = None,
+    group: Group | None = None,
+    beside: int = 0,
+    whole_head: bool = False,
 ) -> NativeTarget:
     """Load the target in a folder, of a hub name, or the model that ships ("embedded").
 
@@ -42,6 +48,8 @@ def load_native(
         capacity: tokens of all the caches that it will be asked for; 0 for recording.
         device: where it runs; default the group's, else the first GPU, or the CPU where there is none.
         group: the processes that hold it together, all of which call this; each reads its share alone.
+        beside: bytes of a draft head for which there must be room too.
+        whole_head: whether every process has all of the LM head.
 
     Raises:
         UserError: no such folder, a hub that cannot be reached, a family that is not computed here, files that are not
@@ -55,10 +63,10 @@ def load_native(
         whole = AutoConfig.from_pretrained(path, **where)
         family, config = family_of(whole, settings.path)
         if group is not None:
-            config = shard(config, group.share)
+            config = shard(replace(config, whole_head=whole_head), group.share, setting=group.setting)
         dtype = DTYPES[settings.dtype]
         fields = configured(whole.get_text_config(), settings)  # which refuses layers that it has not
-        check_memory(settings.path, config, capacity, device, dtype)
+        check_memory(settings.path, config, capacity, device, dtype, group, beside)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
         info = TargetInfo(
             **fields,
@@ -72,6 +80,14 @@ def load_native(
         fill(places(weights, config, family), settings, device)
     decoder = Decoder(config, weights, Operations(config, device), info.layers, group)
     return NativeTarget(decoder, info, tokenizer)
+
+
+def load_recorded(settings: TargetSettings, members: int) -> NativeTarget:
+    """The target for recording, held by the ``members`` of this process's group (:mod:`..parallel`), each of which loads it.
+
+    The first checks and stores what is recorded, while the others are elsewhere: so it has all of the LM head.
+    """
+    return load_native(settings, capacity=0, group=join_members(members), whole_head=True)
 
 
 def fill(wanted: dict[str, Place], settings: TargetSettings, device: torch.device) -> None:

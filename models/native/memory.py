@@ -14,6 +14,7 @@ from ...configs.errors import UserError
 from .cache import cache_bytes
 from .config import DecoderConfig
 from .families import SETTING
+from .parallel import Group, neighbours
 from .weights import allocate, total_bytes
 
 GB = 10**9
@@ -36,7 +37,15 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_memory(name: str, config: DecoderConfig, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+def check_memory(
+    name: str,
+    config: DecoderConfig,
+    capacity: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    group: Group | None = None,
+    beside: int = 0,
+) -> None:
     """Refuse a target that does not fit.
 
     Args:
@@ -45,17 +54,26 @@ def check_memory(name: str, config: DecoderConfig, capacity: int, device: torch.
         capacity: tokens of all its caches.
         device: where it shall be.
         dtype: its numerics.
+        group: the processes that hold it together, all of which ask, and all of which are refused where one has to be. Those
+            of one machine share its memory; each has a GPU of its own.
+        beside: bytes of a draft head that comes beside it.
 
     Raises:
-        UserError: weights and cache take more than is free.
+        UserError: weights, cache and head take more than is free.
     """
     weights, cache = needed_bytes(config, capacity, dtype)
     free = free_bytes(device)
-    if weights + cache > free:
+    if group is not None:
+        free = group.least(free if device.type == "cuda" else free // neighbours())
+    if weights + cache + beside > free:
         where = f"on each of {config.share.size} processes " if config.share.size > 1 else ""
+        head = f", the draft head {beside / GB:,.1f} GB" if beside else ""
         problem = (
-            f"{where}its weights take {weights / GB:,.1f} GB and a cache of {capacity:,} tokens {cache / GB:,.1f} GB, "
+            f"{where}its weights take {weights / GB:,.1f} GB and a cache of {capacity:,} tokens {cache / GB:,.1f} GB{head}, "
             f"and {free / GB:,.1f} GB of {device} are free"
         )
-        remedy = "take a device with more memory, shorter answers, or target.dtype=bfloat16"
+        remedy = (
+            "take a device with more memory, more processes (record.tensor_parallel, eval.tensor_parallel), or bfloat16 "
+            "(target.dtype, for eval eval.dtype)"
+        )
         raise UserError(SETTING, name, problem, remedy)

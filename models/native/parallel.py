@@ -26,8 +26,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from ...configs.entry import started
 from ...configs.errors import UserError
-from ..parallel import PATIENCE
+from ..parallel import PATIENCE, here, meet
+from ..parallel import SETTING as RECORDING
 from .config import DecoderConfig, Share
 
 SETTING = "eval.tensor_parallel"
@@ -43,10 +45,13 @@ class Group:
     Args:
         device: of the tensors that they exchange.
         processes: an initialised process group that can exchange them; None: the default one.
+        setting: that says how many they are, for errors.
     """
 
-    def __init__(self, device: torch.device, processes: distributed.ProcessGroup | None = None) -> None:
-        self.device, self._processes = device, processes
+    def __init__(
+        self, device: torch.device, processes: distributed.ProcessGroup | None = None, setting: str = SETTING
+    ) -> None:
+        self.device, self._processes, self.setting = device, processes, setting
         self.rank, self.size = distributed.get_rank(processes), distributed.get_world_size(processes)
 
     @property
@@ -58,6 +63,12 @@ class Group:
         """The sum of everyone's ``x``, in its place."""
         distributed.all_reduce(x, group=self._processes)
         return x
+
+    def least(self, value: int) -> int:
+        """The least of everyone's ``value``."""
+        held = torch.tensor(value, device=self.device)
+        distributed.all_reduce(held, distributed.ReduceOp.MIN, group=self._processes)
+        return int(held)
 
     def gather(self, x: Tensor) -> Tensor:
         """Everyone's ``x`` ``[..., X]`` along the last dimension, by rank: ``[..., size * X]``."""
@@ -86,25 +97,55 @@ def join(size: int) -> Group | None:
     Raises:
         UserError: the launcher did not start so many, or more than there are GPUs for.
     """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != size:
-        remedy = f"start {size}, as with torchrun --nproc-per-node {size}, or set it to {started}"
-        raise UserError(SETTING, size, f"there are {started} processes", remedy)
+    if (found := started()) != size:
+        remedy = f"start {size}, as with torchrun --nproc-per-node {size}, or set it to {found}"
+        raise UserError(SETTING, size, f"there are {found} processes", remedy)
     if size == 1:
         return None
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= (count := torch.cuda.device_count()):
-            raise UserError(SETTING, size, f"there are {count} GPUs here", "start as many processes on each node")
-        torch.cuda.set_device(device)
+    device = own_device(SETTING, size)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Group(device)
 
 
+def join_members(members: int) -> Group | None:
+    """Meet the other members of this process's group, of which there may be several (``record.tensor_parallel``).
+
+    Raises:
+        UserError: the processes are no whole number of groups, or more than there are GPUs for.
+    """
+    if members == 1:
+        return None
+    meet(here(members))
+    return Group(own_device(RECORDING, members), setting=RECORDING)
+
+
+def own_device(setting: str, size: int) -> torch.device:
+    """The GPU of this process among those of its machine, which it then uses; the CPU where there is none.
+
+    Raises:
+        UserError: there are fewer than processes, which all of them find.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if (count := torch.cuda.device_count()) < neighbours():
+        raise UserError(setting, size, f"there are {count} GPUs here", "start as many processes on each node")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def neighbours() -> int:
+    """How many processes the launcher has started on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def shard(
-    config: DecoderConfig, share: Share, whose: str = "target", more: Collection[tuple[int, str]] = ()
+    config: DecoderConfig,
+    share: Share,
+    whose: str = "target",
+    more: Collection[tuple[int, str]] = (),
+    setting: str = SETTING,
 ) -> DecoderConfig:
     """What one process computes of the decoder ``config``, which is whole.
 
@@ -113,6 +154,7 @@ def shard(
         share: which.
         whose: of the two, for the error.
         more: that is dealt too: how many, and of what.
+        setting: that says how many they are, for the error.
 
     Raises:
         UserError: the decoder cannot be dealt evenly to so many.
@@ -121,14 +163,15 @@ def shard(
         *more,
         (config.num_heads, "query heads"),
         (config.num_kv_heads, "key/value heads"),
-        (config.vocab_size, "tokens"),
     }
+    if not config.whole_head:
+        dealt.add((config.vocab_size, "tokens"))
     dealt |= {(layer.width, f"columns of an {'expert' if layer.experts else 'MLP'}") for layer in config.layers}
     if uneven := sorted(pair for pair in dealt if pair[0] % share.size):
         problem = f"it does not divide the {whose}'s {' and '.join(f'{count:,} {kind}' for count, kind in uneven)}"
         common = gcd(*(count for count, _ in dealt))
         remedy = f"give a divisor of {common}" if common > 1 else "leave it at 1"
-        raise UserError(SETTING, share.size, problem, remedy)
+        raise UserError(setting, share.size, problem, remedy)
     return replace(
         config,
         num_heads=config.num_heads // share.size,

@@ -31,7 +31,8 @@ class NativeTarget:
     """A decoder with its tokenizer, frozen.
 
     Where several processes hold it together, all of them call its methods with the same arguments, and all get everything
-    that one alone would, but for the values of ``head.lm_head``, which are there only if it is the embedding.
+    that one alone would, but for the values of ``head.lm_head``, which are there only if it is the embedding or if the
+    decoder has it whole. Logits of a whole one are computed by whoever asks, without the others.
 
     Args:
         decoder: it captures the layers that ``info`` names.
@@ -43,8 +44,9 @@ class NativeTarget:
         self.decoder, self.info, self.tokenizer = decoder, info, tokenizer
         weights, config = decoder.weights, decoder.config
         self.group, lm_head = decoder.group, weights.lm_head
-        self._lm_head = lm_head[config.share.of(config.vocab_size)] if config.tied else lm_head
-        if config.share.size > 1 and not config.tied:
+        self._dealt = config.share.size > 1 and not config.whole_head
+        self._lm_head = lm_head[config.share.of(config.vocab_size)] if config.tied and self._dealt else lm_head
+        if self._dealt and not config.tied:
             # Nobody has all of it, and who needs its values (to store or to copy them) shall not take a part for the
             # whole: this has the shape, and raises where it is read.
             lm_head = torch.empty_like(weights.embedding, device="meta")
@@ -89,7 +91,7 @@ class NativeTarget:
     def logits(self, last_hidden: Tensor) -> Tensor:
         """``[..., H]`` after the final norm to ``[..., V]``."""
         logits = F.linear(last_hidden, self._lm_head)
-        return logits if self.group is None else self.group.gather(logits)
+        return self.group.gather(logits) if self.group is not None and self._dealt else logits
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for one sequence of at most ``capacity`` tokens; its memory is taken now."""

@@ -54,7 +54,7 @@ class LayerWeights(NamedTuple):
 class DecoderWeights(NamedTuple):
     """``embedding`` ``[V, H]``, ``lm_head`` ``[V, H]`` and ``norm`` ``[H]``.
 
-    The LM head may be the embedding; where it is not, and this is a share, it has the rows of that share.
+    The LM head may be the embedding; where it is not, and this is a share, it has the rows of that share, or all of them.
     """
 
     embedding: Tensor
@@ -108,7 +108,8 @@ def allocate(config: DecoderConfig, device: torch.device, dtype: torch.dtype) ->
 
     embedding = empty(config.vocab_size, hidden)
     layers = tuple(decoder_layer(layer) for layer in config.layers)
-    lm_head = embedding if config.tied else empty(config.vocab_size // config.share.size, hidden)
+    rows = config.vocab_size if config.whole_head else config.vocab_size // config.share.size
+    lm_head = embedding if config.tied else empty(rows, hidden)
     return DecoderWeights(embedding, layers, empty(hidden), lm_head)
 
 
@@ -116,7 +117,8 @@ def places(weights: DecoderWeights, config: DecoderConfig, family: Family) -> di
     """Where everything goes, by the names of a text-only checkpoint."""
     named = {"model.embed_tokens.weight": _whole(weights.embedding), "model.norm.weight": _whole(weights.norm)}
     if weights.lm_head is not weights.embedding:
-        named["lm_head.weight"] = _dealt(weights.lm_head, 0, config.share)
+        lm_head = weights.lm_head
+        named["lm_head.weight"] = _whole(lm_head) if config.whole_head else _dealt(lm_head, 0, config.share)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
         named |= {f"{prefix}.{name}": place for name, place in _layer_places(layer, config, family)}

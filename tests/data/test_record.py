@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from eagle3.data.planning import plan
 from eagle3.data.record import record, recorded
 from eagle3.data.recorders import TransformersRecorder
 from eagle3.data.store import Store
+from eagle3.models.native.loading import load_recorded
 from eagle3.models.target import Target, TargetOutput, load_target
 from eagle3.models.target_files import TargetEnds, load_ends
 from torch.distributed import TCPStore
@@ -304,16 +306,18 @@ def _member(rank: int, port: int, recipe: Settings, run_dir: Path, first_signals
     """One of four processes as a launcher starts them; a signal reaches all of them while the first batch is run."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    target = load_target(recipe.target, MEMBERS)
-    real, batches = target.forward, []
+    target: Any = (load_recorded if recipe.record.engine == "native" else load_target)(recipe.target, MEMBERS)
+    name = "prefill" if recipe.record.engine == "native" else "forward"
+    real, batches = getattr(target, name), []
 
-    def forward(input_ids: torch.Tensor) -> TargetOutput:
-        batches.append(input_ids.tolist())
+    def run(input_ids: torch.Tensor, *lengths: list[int]) -> TargetOutput:
+        batches.append([input_ids.tolist(), *lengths])
         if first_signals and len(batches) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(input_ids)
+        found: TargetOutput = real(input_ids, *lengths)
+        return found
 
-    target.forward = forward  # type: ignore[method-assign]
+    setattr(target, name, run)
     code = 0
     try:
         record(recipe, run_dir, target)
@@ -336,10 +340,12 @@ def _together(recipe: Settings, run_dir: Path, first_signals: bool = False) -> l
     return [tuple(json.loads((run_dir / f"rank-{rank}").read_text())) for rank in range(4)]
 
 
+@pytest.mark.parametrize("engine", ["transformers", "native"])
 def test_processes_that_hold_the_target_together_record_it(
-    answered: Path, tiny_target: Target, changed: Callable[..., Settings]
+    answered: Path, tiny_target: Target, changed: Callable[..., Settings], engine: str
 ) -> None:
-    chosen = changed("record", features_dtype="float32", last_hidden_dtype="float32", tensor_parallel=MEMBERS)
+    stored = {"features_dtype": "float32", "last_hidden_dtype": "float32"}
+    chosen = changed("record", **stored, tensor_parallel=MEMBERS, engine=engine)
     ended = _together(chosen, answered, first_signals=True)
     assert [code for code, _ in ended] == [75] * 4
     kept = {path.name: path.stat().st_ino for path in (answered / "store").glob("shard-*.safetensors")}

@@ -21,6 +21,7 @@ from eagle3.data.chat import prompt_ids
 from eagle3.data.conversations import Conversation
 from eagle3.data.files import encode_line, file_sha256
 from eagle3.eval import engines, speculate, stage
+from eagle3.eval.jobs import make_jobs
 from eagle3.eval.report import write_report
 from eagle3.eval.stage import compare, evaluate
 from eagle3.eval.traces import BASELINE, SPECULATIVE, TIE, Trace, read_traces
@@ -217,13 +218,14 @@ def test_eval_json_says_how(evaluated: Evaluated, settings: Settings, tiny_targe
     assert found["schema"] == 1 and found["batch"] == 1 and found["seed"] == settings.run.seed
     assert found["benchmark"] == "tiny" and found["engine"] == f"eagle3 native, torch {torch.__version__}"
     assert found["settings"] == {
-        "draft": None, "engine": "native", "chain": CHAIN, "beside": [TREE], "temperatures": [0.0, 1.0], "prompts": TESTS, "max_new_tokens": LIMIT, "sampling": "sampled",
+        "draft": None, "engine": "native", "tensor_parallel": 1, "chain": CHAIN, "beside": [TREE], "temperatures": [0.0, 1.0], "prompts": TESTS, "max_new_tokens": LIMIT, "sampling": "sampled",
         "dtype": "float32",
     }  # fmt: skip
     assert found["target"]["layers"] == list(tiny_target.info.layers) == found["draft"]["target_layers"]
     assert found["target"]["weights_sha256"] == tiny_target.info.weights_sha256
     assert found["draft"]["weights_sha256"] == file_sha256(folder / "draft" / "model.safetensors")
     assert {"torch", "transformers", "processor", "threads", "device"} <= found["environment"].keys()
+    assert found["environment"]["processes"] == 1
 
 
 def test_a_report_follows(evaluated: Evaluated, tmp_path: Path) -> None:
@@ -329,17 +331,20 @@ def test_the_numerics_are_those_of_the_evaluation(settings: Settings, run_dir: P
 def test_room_is_asked_for_before_the_target_is_loaded(
     settings: Settings, run_dir: Path, tiny_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the longest prompt, its answer, all nodes of a tree, and one."""
+    """For the longest prompt, its answer, all nodes of a tree, and one; and for the head."""
     asked: list[int] = []
+    beside: list[int] = []
 
-    def load(_: TargetSettings, capacity: int) -> NativeTarget:
+    def load(_: TargetSettings, capacity: int, **options: Any) -> NativeTarget:
         asked.append(capacity)
+        beside.append(options["beside"])
         raise ZeroDivisionError
 
     monkeypatch.setattr(engines, "load_native", load)
     with pytest.raises(ZeroDivisionError):
         evaluate(settings, run_dir)
     assert asked == [longest_prompt(tiny_target) + LIMIT + NODES + 1]
+    assert beside[0] > (run_dir / "draft" / "model.safetensors").stat().st_size
     assert not (run_dir / "eval").exists()
 
 
@@ -385,7 +390,7 @@ def test_answers_that_differ_are_those_of_their_drafting(
         wrong = DRAFTERS[type(drafter).__name__] == TREE and limits.max_new_tokens == LIMIT and len(prompt) > shortest
         return known(prompt, verifier, drafter, limits._replace(max_new_tokens=LIMIT - wrong), sampling)
 
-    prompts = [job.prompt for job in stage._jobs(settings, run_dir, load_text(settings.target))]
+    prompts = [job.prompt for job in make_jobs(settings, run_dir, load_text(settings.target))]
     shortest = min(map(len, prompts))
     longer = sum(len(prompt) > shortest for prompt in prompts[:TESTS])
     monkeypatch.setattr(stage, "decode", decode)

@@ -14,7 +14,7 @@ import torch
 from eagle3.configs.errors import UserError
 from eagle3.models.draft import DraftConfig, Eagle3Draft
 from eagle3.models.native.config import Share
-from eagle3.models.native.draft import NativeDraft
+from eagle3.models.native.draft import NativeDraft, draft_bytes
 from torch import Tensor
 
 from .conftest import DEVICE, assert_close
@@ -126,6 +126,18 @@ def test_numerics_are_the_embeddings(draft: Eagle3Draft, embedding: Tensor) -> N
     logits = head.logits(head.step(ids(5), head.begin()))
     assert logits.dtype == torch.bfloat16
     assert_close(logits[0].float(), plain(draft, embedding, (tokens, features), (5,)), 5e-2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "one key"])
+def test_memory_is_known_before(form: str, size: int, embedding: Tensor) -> None:
+    """Of a share too; rotations and row numbers are left out."""
+    draft, group = head_of(FORMS[form]), SimpleNamespace(share=Share(size - 1, size)) if size > 1 else None
+    given: Any = (CAPACITY, 5, torch.bfloat16, group)
+    head = NativeDraft(draft, embedding.bfloat16(), CAPACITY, 5, given[-1])
+    weights = [part for part in head._weights if isinstance(part, Tensor)]
+    held = [*weights, *head._weights.fc_norms, *head._weights.mlp, head._own_DQ, head._cache.stored]
+    assert draft_bytes(draft.config, *given) == sum(tensor.nbytes for tensor in held)
 
 
 def test_more_than_there_is_room_for(draft: Eagle3Draft, embedding: Tensor) -> None:

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from eagle3.models.native.config import Share
 from eagle3.models.native.families import family_of
 from eagle3.models.native.loading import load_native
 from eagle3.models.native.memory import check_memory, needed_bytes
-from eagle3.models.native.parallel import Group, join, shard
+from eagle3.models.native.parallel import RECORDING, Group, join, join_members, shard
 from eagle3.models.native.target import NativeTarget
 from eagle3.models.native.weights import Experts
 from eagle3.models.target import TargetOutput
@@ -136,6 +137,11 @@ def _member(group: Group, folders: dict[str, Path], refused: dict[str, Path]) ->
             "held": held_bytes(target), "cache": target.new_cache(CAPACITY).stored.nbytes,
             "predicted": needed_bytes(target.decoder.config, CAPACITY, torch.float32),
         }  # fmt: skip
+        target = load_native(settings_of(folder), CAPACITY, group=group, whole_head=True)
+        found[variant]["with the head"] = {
+            "states": states_of(target), "exchanges": _exchanges(target), "lm_head": target.head.lm_head,
+            "held": held_bytes(target), "predicted": needed_bytes(target.decoder.config, 0, torch.float32)[0],
+        }  # fmt: skip
     return found
 
 
@@ -219,6 +225,38 @@ def test_a_part_of_an_lm_head_is_not_taken_for_it(
         assert member[variant]["tied"] == (alone.head.lm_head is alone.head.embedding)
 
 
+def test_with_all_of_the_lm_head_logits_need_nobody(
+    variant: str, alone: NativeTarget, computed: list[dict[str, Any]]
+) -> None:
+    expected, forward = states_of(alone), Counter(all_reduce=2 * LAYERS)
+    for member in computed:
+        found = member[variant]["with the head"]
+        for way, states in expected.items():
+            for mine, other in zip(found["states"][way], states, strict=True):
+                assert_close(mine, other, 1e-5)
+        assert found["exchanges"] == [forward, forward, forward, Counter()]
+        assert torch.equal(found["lm_head"], alone.head.lm_head)
+        assert found["held"] == found["predicted"]
+        tied = alone.head.lm_head is alone.head.embedding
+        assert found["held"] - member[variant]["held"] == (0 if tied else alone.head.lm_head.nbytes // 2)
+
+
+def test_what_is_recorded_is_dealt_to_the_members_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert join_members(1) is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(
+        UserError, match="^record.tensor_parallel = 2: there are 3 processes; start a multiple of 2, as"
+    ):
+        join_members(2)
+    config = family_of(maverick(), "")[1]
+    with pytest.raises(UserError, match="^record.tensor_parallel = 16: it does not divide .* give a divisor of 8$"):
+        shard(config, Share(0, 16), setting=RECORDING)
+    odd = replace(config, vocab_size=202_049)
+    assert shard(replace(odd, whole_head=True), Share(0, 8)).whole_head
+    with pytest.raises(UserError, match="202,049 tokens"):
+        shard(odd, Share(0, 8))
+
+
 def test_what_a_group_refuses(refused: dict[str, Path], computed: list[dict[str, Any]]) -> None:
     for member in computed:
         assert member["refused"] == {
@@ -282,6 +320,25 @@ def test_too_little_memory_for_a_share(
         check_memory("it", ours, CAPACITY, CPU, torch.float32)
 
 
+def test_processes_share_the_memory_of_their_machine(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each asks for its share, and for that of a head beside it."""
+    ours = shard(family_of(AutoConfig.from_pretrained(folders["llama"]), "")[1], Share(1, 2))
+    meminfo, group = tmp_path / "meminfo", cast(Group, SimpleNamespace(least=lambda free: free))
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    need = sum(needed_bytes(ours, CAPACITY, torch.float32))
+    for here, beside in ((1, 0), (2, 0), (2, 4096)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+        meminfo.write_text(f"MemAvailable: {here * (need + beside) // 1024 + 1} kB\n")
+        check_memory("it", ours, CAPACITY, CPU, torch.float32, group, beside)
+        meminfo.write_text(f"MemAvailable: {here * (need + beside) // 1024 - 1} kB\n")
+        with pytest.raises(
+            UserError, match=r"more processes \(record.tensor_parallel, eval.tensor_parallel\), or bfloat16"
+        ):
+            check_memory("it", ours, CAPACITY, CPU, torch.float32, group, beside)
+
+
 def test_a_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert join(1) is None
     with pytest.raises(UserError) as refused:
@@ -293,7 +350,7 @@ def test_a_launcher_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="tensor_parallel = 1: there are 4 processes"):
         join(1)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="tensor_parallel = 4: there are 2 GPUs here; start as many"):
