@@ -157,8 +157,8 @@ Make a head of ours of one that another trainer wrote, from a folder or the hub:
 compute from the same files. What these do not say (layers, RoPE, which norms) is taken as that engine takes it, and listed.
 
   eagle3 import nvidia/Llama-4-Maverick-17B-128E-Eagle3 maverick --format trtllm --out heads/nvidia
-  eagle3 eval maverick eval.draft=heads/nvidia            # what it is worth
-  eagle3 train maverick train.warm_start=heads/nvidia     # go on from it"""
+  torchrun --nproc-per-node 8 --no-python eagle3 eval maverick eval.draft=heads/nvidia     # what it is worth
+  eagle3 train maverick train.warm_start=heads/nvidia                                      # go on from it"""
 FORMATS = """\
 formats:
   hf           portable: vLLM, SGLang and TensorRT-LLM read it as it is

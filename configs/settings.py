@@ -209,7 +209,7 @@ class EvalSettings:
     every family and verifies chains alone."""
     tensor_parallel: int = 1
     """Processes that hold target and draft together in the native engine, each with its part of every matrix: as many as
-    torchrun --nproc-per-node starts. 1: one process holds all, on one GPU."""
+    torchrun --nproc-per-node starts. 1: one process holds all, on one GPU, or with transformers over all that it sees."""
     chain: int = 5
     """Drafted tokens per round: the main drafting, of which headlines, sources and examples are shown."""
     beside: tuple[str, ...] = ()

@@ -59,7 +59,7 @@ class HeadDrafter:
 
     def update(self, verdict: Verdict) -> None:
         """See :class:`~.speculate.Drafter`."""
-        self._head.extend(torch.tensor(verdict.tokens, device=self._head.device), verdict.features)
+        self._head.extend(torch.tensor(verdict.tokens).to(self._head.device, non_blocking=True), verdict.features)
 
 
 class ChainDrafter(HeadDrafter):
@@ -74,7 +74,9 @@ class ChainDrafter(HeadDrafter):
         if self._sampling.temperature == 0 or self._sampling.drafting == "greedy":
             return self._greedy()
         head, y_1H = self._head, self._head.begin()
-        uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(head.device)
+        uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(
+            head.device, non_blocking=True
+        )
         chosen, rows = list[Tensor](), list[Tensor]()
         for step in range(self._chain):
             if step:

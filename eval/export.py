@@ -29,7 +29,7 @@ from ..models.target import DTYPES, load_text
 from .card import CARD, card
 from .engines import load_engine
 from .live import LiveEngine, connect
-from .serving import ask, decode_all, differences, positions
+from .serving import ask, decode_all, differences, room
 
 SHOWN = 5  # differences that are told; one fault shows in hundreds of tokens
 
@@ -113,8 +113,10 @@ def _compare(run: Path, head: Head, engine: LiveEngine, count: int) -> None:
         raise UserError("prepare.test", head.settings.prepare.test, "there are no test prompts", "give 1 or more")
     prompts = [prompt_ids(text.tokenizer, conversation) for conversation in found]
     most = head.settings.eval.max_new_tokens
-    capacity = positions(prompts, head.origin.chain, most)
-    target = load_engine(head.settings.target, head.settings.eval.engine, capacity)
+    chosen = head.settings.eval
+    # This is one process: what several hold together in the native engine, transformers spreads over the GPUs that it sees.
+    engine_here = chosen.engine if chosen.tensor_parallel == 1 else "transformers"
+    target = load_engine(head.settings.target, engine_here, room(prompts, head.origin.chain, most))
     draft = head.draft.to(device=target.device, dtype=DTYPES[target.info.dtype]).eval()
     progress = Progress("decode", "answers", len(prompts))
     ours = decode_all(target, draft, prompts, head.origin.chain, most, lambda tokens: progress.advance(1, tokens))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from ..configs.errors import UserError
 from ..data.conversations import read_conversations
 from ..data.files import encode_json, read_lines, write_atomic
+from ..models.native.parallel import launched
 from ..models.repeats import repeated_rate
 from .cautions import against_card, cautions, warnings
 from .markdown import render_markdown
@@ -96,8 +97,15 @@ def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
         "results": found,
         "warnings": warnings(found) + cautions(found) + against_card(draft["imported"], found),
         "simulated": _simulated(draft["training"], evaluation),
-        "command": f"eagle3 run {shlex.quote(str(run_dir / 'config.yaml'))} run.name={shlex.quote(f'{name}-again')}",
+        "command": _again(run_dir / "config.yaml", f"{name}-again", description["settings"]["tensor_parallel"]),
     }
+
+
+def _again(recipe: Path, name: str, processes: int) -> str:
+    """The command that makes everything anew; where several processes evaluate, the first ends before that."""
+    given = f"{shlex.quote(str(recipe))} run.name={shlex.quote(name)}"
+    whole = f"eagle3 run {given}"
+    return whole if processes == 1 else f"{whole}\n{launched(f'eagle3 eval {given}', processes)}"
 
 
 def summary_table(report: Json) -> str:

@@ -49,7 +49,7 @@ def decode_all(
     advance: Callable[[int], Any] = lambda tokens: None,
 ) -> Served:
     """The same with our own decoder; plain decoding without a ``draft``. ``advance`` is told of every answer's tokens."""
-    capacity = positions(prompts, chain, max_new_tokens)
+    capacity = room(prompts, chain, max_new_tokens)
     verifier = make_verifier(target, capacity)
     drafter = None
     if draft is not None:
@@ -66,7 +66,7 @@ def decode_all(
     )
 
 
-def positions(prompts: Sequence[Sequence[int]], chain: int, max_new_tokens: int) -> int:
+def room(prompts: Sequence[Sequence[int]], chain: int, max_new_tokens: int) -> int:
     """What the caches of :func:`decode_all` hold."""
     return max(map(len, prompts)) + max_new_tokens + chain + 1
 

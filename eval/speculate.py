@@ -204,15 +204,20 @@ class NativeVerifier:
         if proposal is not None and self._target.group is not None:
             drafted = agreed(self._target.group, proposal)
         before, tree = self._cache.length, isinstance(drafted, Tree)
-        ids = torch.cat((torch.tensor([self._last], device=self._target.device), drafted.tokens))
+        ids = torch.cat((self._there(torch.tensor([self._last])), drafted.tokens))
         output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
         judged = self._decide(self._target.logits(output.last_hidden), drafted)
         self._last = judged.tokens[-1]
+        path = self._there(torch.tensor([0, *judged.rows]))
         if tree:
-            self._cache.keep(torch.tensor([0, *judged.rows]))
+            self._cache.keep(path)
         else:
             self._cache.rollback(before + len(judged.tokens))
-        return Verdict(judged.tokens, output.features[[0, *judged.rows]])
+        return Verdict(judged.tokens, output.features.index_select(0, path))
+
+    def _there(self, x: Tensor) -> Tensor:
+        """``x`` on the target's device, without waiting for what that is still to do."""
+        return x.to(self._target.device, non_blocking=True)
 
     def _decide(self, logits: Tensor, proposal: Proposal | Tree) -> Judgement:
         """As :meth:`_judge`; of several processes what the first finds."""
@@ -225,7 +230,7 @@ class NativeVerifier:
         temperature = self._sampling.temperature
         if temperature == 0:
             return judge_tree(logits, proposal) if isinstance(proposal, Tree) else judge_greedy(logits, proposal.tokens)
-        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
+        uniform = self._there(torch.rand(len(logits), generator=self._random, dtype=torch.float64))
         if isinstance(proposal, Tree):
             return judge_tree_sampled(logits, proposal, temperature, uniform)
         return judge_sampled(logits, proposal, temperature, uniform)

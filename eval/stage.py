@@ -33,7 +33,7 @@ from ..data.progress import Progress
 from ..data.stage import Json, Stage
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
-from ..models.native.parallel import Group, join
+from ..models.native.parallel import Group, join, launched
 from ..models.repeats import repeated
 from ..models.target import load_target, load_text, opened
 from ..models.weights import weights_sha256
@@ -116,6 +116,7 @@ def _target(settings: Settings) -> TargetSettings:
 def _plan(settings: Settings, run_dir: Path, draftings: Sequence[Drafting]) -> Plan | None:
     """None where nothing is to be done."""
     stage = Stage("eval", run_dir, run_dir / "eval", _inputs(settings, run_dir))
+    stage.resume = launched(stage.resume, settings.eval.tensor_parallel)
     if stage.begun() and (stage.folder / "eval.json").exists():
         return None
     text = load_text(_target(settings))

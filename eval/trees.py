@@ -12,7 +12,7 @@ At T > 0 the tree is the same, since nothing of it is drawn, and its nodes are j
 children of a node one after the other, each accepted with the probability that the target gives it among what was not
 rejected before. What is emitted is distributed as the target's own samples (arXiv 2305.09781, section 4.3).
 
-Shapes: N nodes, root excluded; D draft vocabulary, V vocabulary, H hidden, k nodes of a level, S rows of the draft's cache.
+Shapes: N nodes, root excluded; R = N + 1 rows; V vocabulary.
 """
 
 from __future__ import annotations

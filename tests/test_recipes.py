@@ -31,7 +31,9 @@ def test_the_flagship_is_what_its_target_needs() -> None:
     settings = loader.load("maverick")
     assert settings.target.layers == (1, 23, 44)
     assert settings.target.dtype == "bfloat16"
-    assert f"#SBATCH --gpus-per-node={settings.eval.tensor_parallel}\n" in (ROOT / "slurm" / "eval.sbatch").read_text()
+    batch = (ROOT / "slurm" / "eval.sbatch").read_text()
+    for option in ("gpus-per-node", "ntasks-per-node"):
+        assert f"#SBATCH --{option}={settings.eval.tensor_parallel}\n" in batch
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
@@ -111,12 +113,14 @@ def test_a_batch_job_starts_a_process_for_each_gpu_that_evaluates(cluster: Path)
     code, (call,) = submit(cluster, "eval.sbatch", "tiny", "run.name=a b")
     assert code == 0
     step = ["bash", "-c", call.removeprefix("srun")]
-    (cluster / "torchrun").write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
-    (cluster / "torchrun").chmod(0o755)
-    environment = os.environ | {"SLURM_GPUS_PER_NODE": "4", "PATH": f"{cluster}:{os.environ['PATH']}"}
+    variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    said = " ".join(f'"${name}"' for name in variables)
+    (cluster / "eagle3").write_text(f"#!/usr/bin/env bash\nprintf '%s\\n' {said} \"$@\"\n")
+    (cluster / "eagle3").chmod(0o755)
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "3"}
+    environment = os.environ | slurm | {"PATH": f"{cluster}:{os.environ['PATH']}"}
     found = subprocess.run(step, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    asked = ["eagle3", "eval", "tiny", "run.name=a b", "eval.tensor_parallel=4"]
-    assert found == ["--nproc-per-node", "4", "--no-python", *asked]
+    assert found == ["2", "4", "3", "4", "eval", "tiny", "run.name=a b", "eval.tensor_parallel=4"]
 
 
 @pytest.mark.parametrize(("ending", "expected"), [("75", ["requeue 7"]), ("2", []), ("3", [])])

@@ -1,7 +1,7 @@
 """How fast the native decoder records a mixture of experts beside transformers, which gives every token to every expert.
 
     python -m eagle3.data.bench.experts                       # a Llama-4 of 32 experts with random weights
-    python -m eagle3.data.bench.experts --dtype bfloat16 --device cuda --hidden 2048 --inner 4096 --tokens 100000
+    python -m eagle3.data.bench.experts --dtypes bfloat16 --hidden 2048 --inner 4096 --tokens 100000
 
 In every round both record the same batches as `eagle3 record` does, from the batches to the last synced shard. Before
 that, in float32, both record them once as they are, and the stores are compared: states may differ by rounding alone.

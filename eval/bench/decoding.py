@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_subject(run: Path, count: int, proposal: int) -> Subject:
-    """What is measured of a run; ``proposal`` is the room that the largest one takes.
+    """What is measured of a run; ``proposal`` is the room that the largest takes which it is asked for beside its own.
 
     Raises:
         UserError: it has no head.
@@ -110,7 +110,7 @@ def read_subject(run: Path, count: int, proposal: int) -> Subject:
     former = load_target(target)
     chosen = [c for c in read_conversations(run / "conversations" / "prompts.jsonl") if c.split == "test"]
     prompts = [prompt_ids(former.tokenizer, conversation) for conversation in itertools.islice(deal(chosen), count)]
-    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + proposal
+    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + 1 + max(settings.eval.chain, proposal)
     native = load_native(target, capacity)
     draft = load_draft(run / "draft").to(native.device, native.dtype).eval()
     path, where = located(target)

@@ -77,7 +77,7 @@ class Cache:
         count = len(path_T)
         if count > self._nodes:
             raise ValueError(f"a path of {count} nodes in a tree of {self._nodes}")
-        from_T = path_T.to(self.stored.device) + self.length
+        from_T = path_T.to(self.stored.device, non_blocking=True) + self.length
         # Gathered before it is written: the places of a path's end may be among those it goes to.
         self.stored[:, self.length : self.length + count] = self.stored.index_select(1, from_T)
         self.length, self._nodes = self.length + count, 0

@@ -135,6 +135,11 @@ def own_device(setting: str, size: int) -> torch.device:
     return device
 
 
+def launched(command: str, processes: int) -> str:
+    """``command`` as so many processes are started with it."""
+    return command if processes == 1 else f"torchrun --nproc-per-node {processes} --no-python {command}"
+
+
 def neighbours() -> int:
     """How many processes the launcher has started on this machine, this one included."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

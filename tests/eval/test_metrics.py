@@ -24,7 +24,7 @@ KEYS = (
 )  # fmt: skip
 EVALUATION: dict[str, Any] = {
     "benchmark": "bench", "seed": 5, "batch": 1, "engine": "engine 1",
-    "settings": {"chain": 3, "beside": [], "sampling": "sampled", "dtype": "float32"},
+    "settings": {"chain": 3, "tensor_parallel": 1, "beside": [], "sampling": "sampled", "dtype": "float32"},
 }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ def test_greedy_rows_were_drafted_greedily() -> None:
     assert warm["drafting"]["sampling"] == "sampled"
 
 
-BESIDE = {**EVALUATION, "settings": {**EVALUATION["settings"], "beside": ["tree 9/2/3"]}}
+BESIDE = {**EVALUATION, "settings": {**EVALUATION["settings"], "tensor_parallel": 1, "beside": ["tree 9/2/3"]}}
 
 
 def both(temperature: float, prompt_id: str, lossless: Lossless | None = None) -> list[Trace]:

@@ -12,7 +12,7 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.loader import save
 from eagle3.configs.settings import Settings
 from eagle3.data.files import encode_json
-from eagle3.eval.report import compare, summary_table, write_report
+from eagle3.eval.report import _again, compare, summary_table, write_report
 from eagle3.eval.tables import draftings_rows
 from eagle3.eval.traces import BASELINE, SPECULATIVE, Lossless, Round, Trace
 from eagle3.models.repeats import repeated
@@ -91,7 +91,7 @@ def write_run(
     (folder / "eval" / "traces.jsonl").write_bytes(b"".join(trace.to_line() for trace in traces))
     description = {
         "schema": 1, "benchmark": "bench", "seed": 0, "batch": 1, "engine": "engine 1",
-        "settings": {"draft": None, "engine": "native", "chain": chain, "beside": [TREE] if beside else [],
+        "settings": {"draft": None, "engine": "native", "chain": chain, "tensor_parallel": 1, "beside": [TREE] if beside else [],
                      "temperatures": list(temperatures), "prompts": 6, "max_new_tokens": 8, "sampling": "sampled",
                      "dtype": "float32"},
         "target": {"name": "<target>", "weights_sha256": "ab" * 32, "num_layers": 4, "hidden_size": 8,
@@ -374,3 +374,11 @@ def test_over_the_same_greedy_answers_a_hundredth_is_told(tmp_path: Path) -> Non
 def test_figures_that_hold_or_do_not_compare_are_not(value: float, changes: dict[str, Any], tmp_path: Path) -> None:
     report = write_report(imported(write_run(tmp_path / "run"), value, **changes))
     assert not [line for line in report["warnings"] if "its card says" in line]
+
+
+def test_how_several_processes_measure_it_again() -> None:
+    recipe = Path("runs/a b/config.yaml")
+    alone = "eagle3 run 'runs/a b/config.yaml' run.name=c"
+    assert _again(recipe, "c", 1) == alone
+    launched = "torchrun --nproc-per-node 8 --no-python eagle3 eval 'runs/a b/config.yaml' run.name=c"
+    assert _again(recipe, "c", 8).splitlines() == [alone, launched]

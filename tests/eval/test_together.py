@@ -125,6 +125,9 @@ def alone(settings: Settings, ready: Path, tmp_path_factory: pytest.TempPathFact
     return found
 
 
+RESUME = "torchrun --nproc-per-node 2 --no-python eagle3 eval"
+
+
 def traces_of(run_dir: Path) -> list[Trace]:
     """All that does not depend on the clock."""
     return [replace(trace, ttft_s=0.0, total_s=0.0) for trace in read_traces(run_dir / "eval" / "traces.jsonl")]
@@ -300,7 +303,7 @@ def test_a_signal_to_one_ends_both_and_they_go_on(
 ) -> None:
     ended = launch("signal 1", "eval.tensor_parallel=2")
     assert ended.codes == [75, 75], ended.said
-    assert ended.said.count(f"interrupted: 2 of {GROUPS} prompts are answered; resume with: eagle3 eval") == 1
+    assert ended.said.count(f"interrupted: 2 of {GROUPS} prompts are answered; resume with: {RESUME} ") == 1
     assert traces_of(run_dir) == alone[: 2 * SIZE] and not (run_dir / "eval" / "eval.json").exists()
     ended = launch("none", "eval.tensor_parallel=2")
     assert (ended.code, ended.codes) == (0, [0, 0]), ended.said
