@@ -9,8 +9,10 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +147,38 @@ def _member(rank: int, port: int, out: Path, task: Callable[..., Any], given: tu
     torch.save(task(join(MEMBERS), *given), out / f"{rank}.pt")
 
 
+def _launch(port: Connection) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True)
+    port.send(store.port)
+    signal.pause()
+
+
 @pytest.fixture(scope="session")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+def meeting() -> Iterator[Callable[[], int]]:
+    """``meeting()`` is the port of a new store where processes meet, as a launcher has one.
+
+    It is in a process of its own: a fork of one that serves it would wait for ever for what the serving thread holds.
+    """
+    processes = []
+
+    def open_store() -> int:
+        ours, theirs = fork.Pipe()
+        processes.append(fork.Process(target=_launch, args=(theirs,), daemon=True))
+        processes[-1].start()
+        return int(ours.recv())
+
+    yield open_store
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def together(tmp_path_factory: pytest.TempPathFactory, meeting: Callable[[], int]) -> Callable[..., list[Any]]:
     """``together(task, *given)``: what ``task(group, *given)`` returns in each of two processes that are a group."""
 
     def run(task: Callable[..., Any], *given: Any) -> list[Any]:
-        out, store = tmp_path_factory.mktemp("together"), TCPStore("127.0.0.1", 0, is_master=True)  # a launcher's
-        processes = [fork.Process(target=_member, args=(rank, store.port, out, task, given)) for rank in range(MEMBERS)]
+        out, port = tmp_path_factory.mktemp("together"), meeting()
+        processes = [fork.Process(target=_member, args=(rank, port, out, task, given)) for rank in range(MEMBERS)]
         for process in processes:
             process.start()
         for process in processes:

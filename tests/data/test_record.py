@@ -27,7 +27,6 @@ from eagle3.data.store import Store
 from eagle3.models.native.loading import load_recorded
 from eagle3.models.target import Target, TargetOutput, load_target
 from eagle3.models.target_files import TargetEnds, load_ends
-from torch.distributed import TCPStore
 
 fork = multiprocessing.get_context("fork")
 
@@ -326,10 +325,9 @@ def _member(rank: int, port: int, recipe: Settings, run_dir: Path, first_signals
     (run_dir / f"rank-{rank}").write_text(json.dumps([code, batches]))
 
 
-def _together(recipe: Settings, run_dir: Path, first_signals: bool = False) -> list[tuple[int, list]]:
-    """Record in two groups of two processes; returns how each ended and what it ran."""
-    store = TCPStore("127.0.0.1", 0, is_master=True)  # a launcher's
-    given = (store.port, recipe, run_dir, first_signals)
+def _together(recipe: Settings, run_dir: Path, port: int, first_signals: bool = False) -> list[tuple[int, list]]:
+    """Record in two groups of two processes, which meet at ``port``; returns how each ended and what it ran."""
+    given = (port, recipe, run_dir, first_signals)
     processes = [fork.Process(target=_member, args=(rank, *given)) for rank in range(2 * MEMBERS)]
     for process in processes:
         process.start()
@@ -342,16 +340,16 @@ def _together(recipe: Settings, run_dir: Path, first_signals: bool = False) -> l
 
 @pytest.mark.parametrize("engine", ["transformers", "native"])
 def test_processes_that_hold_the_target_together_record_it(
-    answered: Path, tiny_target: Target, changed: Callable[..., Settings], engine: str
+    answered: Path, tiny_target: Target, changed: Callable[..., Settings], meeting: Callable[[], int], engine: str
 ) -> None:
     stored = {"features_dtype": "float32", "last_hidden_dtype": "float32"}
     chosen = changed("record", **stored, tensor_parallel=MEMBERS, engine=engine)
-    ended = _together(chosen, answered, first_signals=True)
+    ended = _together(chosen, answered, meeting(), first_signals=True)
     assert [code for code, _ in ended] == [75] * 4
     kept = {path.name: path.stat().st_ino for path in (answered / "store").glob("shard-*.safetensors")}
     assert len(kept) == 2 and not (answered / "store" / "manifest.json").exists()
 
-    ended = _together(chosen, answered)
+    ended = _together(chosen, answered, meeting())
     for rank in (0, 2):
         assert ended[rank] == ended[rank + 1]  # the same batches
     assert ended[0][1] != ended[2][1]
@@ -365,17 +363,19 @@ def test_processes_that_hold_the_target_together_record_it(
             assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
     (answered / "store" / "manifest.json").unlink()  # what is whole but for it computes nothing
-    assert [len(batches) for _, batches in _together(chosen, answered)] == [0] * 4
+    assert [len(batches) for _, batches in _together(chosen, answered, meeting())] == [0] * 4
     assert recorded(chosen, answered)
 
 
-def test_a_mistake_ends_all_who_hold_the_target(answered: Path, changed: Callable[..., Settings]) -> None:
+def test_a_mistake_ends_all_who_hold_the_target(
+    answered: Path, changed: Callable[..., Settings], meeting: Callable[[], int]
+) -> None:
     """What only the first of a group looks at, here that the answers are whole, lets the others go."""
     path = answered / "conversations" / "answers.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-3]))
     chosen = changed("record", tensor_parallel=MEMBERS)
-    store = TCPStore("127.0.0.1", 0, is_master=True)
-    processes = [fork.Process(target=_member, args=(rank, store.port, chosen, answered, False)) for rank in range(4)]
+    port = meeting()
+    processes = [fork.Process(target=_member, args=(rank, port, chosen, answered, False)) for rank in range(4)]
     for process in processes:
         process.start()
     for process in processes:

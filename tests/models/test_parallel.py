@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
 from eagle3.models.parallel import ALONE, Place, announce, announced, from_first, here, join, leading, placed
 from eagle3.models.target import load_target
-from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoTokenizer,
@@ -116,12 +116,13 @@ def _member(rank: int, port: int, root: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def computed(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def computed(
+    folders: Path, tmp_path_factory: pytest.TempPathFactory, meeting: Callable[[], int]
+) -> list[dict[str, Any]]:
     """What two groups of two processes found, by rank."""
     out = tmp_path_factory.mktemp("computed")
-    store = TCPStore("127.0.0.1", 0, is_master=True)  # a launcher's
-    ranks = range(MEMBERS * GROUPS)
-    processes = [fork.Process(target=_member, args=(rank, store.port, folders, out)) for rank in ranks]
+    port, ranks = meeting(), range(MEMBERS * GROUPS)
+    processes = [fork.Process(target=_member, args=(rank, port, folders, out)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
