@@ -28,7 +28,7 @@ def test_the_simulated_acceptance_length_is_the_decoded_one() -> None:
     traces = [
         trace
         for trace in read_traces(DEMO / "eval" / "traces.jsonl")
-        if trace.temperature == 0.0 and trace.mode == "speculative"
+        if trace.temperature == 0.0 and trace.drafting == f"chain {chain}"
     ]
     rounds = [entry for trace in traces for entry in rounds_of(trace, "whole")]
     decoded = 1 + sum(entry.accepted for entry in rounds) / len(rounds)
