@@ -196,7 +196,8 @@ def measure(subject: Subject, longer: int, shape: TreeShape, asked: argparse.Nam
     answers, plain = rounds[0], rounds[0][PLAIN]
     print(f"  {'':<28} {'TPS/user':>8} {'ms a round':>11} {'AL':>6} {'drafted':>8} {'accepted':>9}  as plain")
     for name in sides:
-        print(f"  {name:<28} {statistics.median(speeds[name]):8.1f} {_described(answers[name], plain)}", flush=True)
+        speed = statistics.median(speeds[name])
+        print(f"  {name:<28} {speed:8.1f} {_described(answers[name], plain, speed)}", flush=True)
     shown = f"{info.name}, {info.dtype}, {len(subject.prompts)} prompts, chain {chain}, T=0, batch 1, {asked.run}"
     results = list[dict[str, object]]()
     for name, reference, limit in LIMITS:
@@ -224,12 +225,13 @@ def _speed(answers: Sequence[Answered]) -> float:
     return sum(len(answer.ids) - 1 for answer in answers) / sum(answer.seconds for answer in answers)
 
 
-def _described(answers: Sequence[Answered], plain: Sequence[Answered]) -> str:
+def _described(answers: Sequence[Answered], plain: Sequence[Answered], speed: float) -> str:
     same = sum(ours.ids == theirs.ids for ours, theirs in zip(answers, plain, strict=True))
     accepted = [count for answer in answers for count in answer.accepted]
     drafted = [count for answer in answers for count in answer.drafted]
-    steps = len(accepted) or sum(len(answer.ids) - 1 for answer in answers)
-    spent = 1e3 * sum(answer.seconds for answer in answers) / steps
+    tokens = sum(len(answer.ids) - 1 for answer in answers)
+    steps = len(accepted) or tokens
+    spent = 1e3 * tokens / speed / steps
     figures = f"{'-':>6} {'-':>8} {'-':>9}"
     if accepted:
         rate = sum(accepted) / sum(drafted)
