@@ -37,6 +37,7 @@ from ..recorders import NativeRecorder, RecordedTarget, Recorder, TransformersRe
 from ..recording import Recording
 from ..shards import shard_path
 from ..spool import StoreWriter
+from ..stage import at_least
 from .recording import scratch
 from .sides import Spent, add_options, check_rounds, compare, in_turn, measure, result, write
 from .subjects import random_answers
@@ -66,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser)
     asked = parser.parse_args(arguments)
     check_rounds(asked.rounds)
+    at_least("--layers", asked.layers, 8)  # of fewer the three that are captured by default are not different ones
+    for option in ("experts", "hidden", "inner", "tokens", "batch_tokens"):
+        at_least(f"--{option.replace('_', '-')}", getattr(asked, option), 1)
     results = list[dict[str, object]]()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         save_random(Path(folder), asked)

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ...configs.drafting import parse
 from ...configs.entry import finish
 from ...configs.errors import UserError
 from ...configs.loader import load
@@ -31,6 +32,7 @@ from ...data.bench.sides import LEAST, check_rounds, result, write
 from ...data.chat import prompt_ids
 from ...data.choice import deal
 from ...data.conversations import read_conversations
+from ...data.stage import at_least
 from ...models.checkpoint import CONFIG, load_draft
 from ...models.native.draft import NativeDraft
 from ...models.native.loading import load_native
@@ -89,6 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where to write the results")
     asked = parser.parse_args(arguments)
     check_rounds(asked.rounds)
+    for option in ("prompts", "longer"):
+        at_least(f"--{option}", getattr(asked, option), 1)
+    try:
+        parse(f"tree {'/'.join(map(str, asked.tree))}")
+    except ValueError as error:
+        remedy = "give nodes, levels and children of a node, such as 60 7 10"
+        raise UserError("--tree", " ".join(map(str, asked.tree)), str(error), remedy) from None
     subject = read_subject(
         asked.run, asked.prompts, max(asked.longer, 1 + asked.tree[0], asked.tree[1] * asked.tree[2])
     )

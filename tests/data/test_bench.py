@@ -164,6 +164,11 @@ def test_medians_are_of_the_ratios_of_each_round() -> None:
     assert compare(value, reference) == (4.0, 1.0, 0.5, 1.0)
 
 
+def test_too_few_layers_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert finish(lambda: experts.main(["--layers", "4"])) == 2
+    assert "error: --layers = 4: it is too small; give at least 8" in capsys.readouterr().err
+
+
 def test_too_few_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert finish(lambda: recording.main(["--rounds", "4"])) == 2
     assert finish(lambda: reading.main(["--rounds", "4"])) == 2

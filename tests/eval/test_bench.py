@@ -45,6 +45,21 @@ def test_a_run_without_a_head_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert f"error: --run = {tmp_path}: it has no head; give a trained run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--tree", "3", "7", "10"],
+            '--tree = 3 7 10: "tree 3/7/10" verifies fewer nodes than it has levels; give nodes,',
+        ),
+        (["--prompts", "0"], "--prompts = 0: it is too small; give at least 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finish(lambda: decoding.main(options)) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
 def test_calls_are_timed_and_all_else_is_let_through() -> None:
     class Slow:
         length = 3
