@@ -18,6 +18,7 @@ module           what it knows
 ``cache``        keys and values; moving a length, keeping a path of a tree
 ``sights``       which keys the tokens of a forward see: causal, chunked, packed, a tree
 ``operations``   the arithmetic, in plain torch; faster kernels are chosen by overriding it
+``cpu``          products of few rows on a CPU core, compiled, where they were measured faster
 ``experts``      tokens through the expert that each was routed to
 ``decoder``      the layers, one after the other
 ``parallel``     the decoder dealt to several processes, and what these exchange

@@ -38,6 +38,7 @@ class Decoder:
         self.config, self.weights, self.operations, self.group = config, weights, operations, group
         self._captured = frozenset(captured)
         self._layers = list(zip(config.layers, weights.layers, strict=True))
+        operations.prepare(matrix for layer in weights.layers for matrix in (layer.qkv, layer.out, layer.mlp))
 
     def forward(self, ids_T: Tensor, step: Step, cache: Cache | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The states after the final norm, ``[T, H]``, and the outputs of the captured layers, ``[T, H]`` each."""

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..draft import DraftConfig, Eagle3Draft, rotation_table
 from .cache import Cache, cache_bytes
 from .config import WHOLE, DecoderConfig, LayerConfig, Share
-from .operations import Operations, Rotation
+from .cpu.operations import make_operations
+from .operations import Rotation
 from .parallel import Group, shard
 from .sights import Window
 from .weights import Dense
@@ -79,14 +80,17 @@ class NativeDraft:
         config = dealt_config(draft.config, share)
         self._weights = gathered(draft, embedding, share)
         self._layer = config.layers[0]
-        self._operations = Operations(config, self.device)
+        weights = self._weights
+        self._operations = make_operations(config, self.device, embedding.dtype, weights.nbytes)
         self._cache = Cache(config, capacity + drafted, embedding)
         cosines, sines = rotation_table(draft.config, capacity + drafted, embedding.new_empty(0, dtype=torch.float32))
         self._pairs_S1C = torch.complex(cosines, sines)
         # The half of the product that is the embedding's, of the tokens that it can say: a step reads the other half alone.
         own_DH = self._operations.norm(embedding[self.vocabulary], self._weights.embedding_norm)
-        of_embedding, self._of_hidden = self._weights.qkv.split(embedding.shape[1])
+        of_embedding, self._of_hidden = weights.qkv.split(embedding.shape[1])
         self._own_DQ = self._operations.linear(own_DH, of_embedding)
+        matrices = weights.fc, weights.qkv, self._of_hidden, weights.out, weights.mlp, weights.lm_head
+        self._operations.prepare(matrices)
         #: Rows that stand.
         self.standing = 0
         self._depth = 0
@@ -139,7 +143,7 @@ class NativeDraft:
             mask_kS = torch.cat((drafted.new_zeros(count, self.standing), drafted), 1)
         h_kH = self._operations.norm(y_kH, self._weights.norm) if self._shape.norm_output else y_kH
         normed_kH = self._operations.norm(h_kH, self._weights.hidden_norm)
-        qkv_kQ = torch.addmm(self._own_DQ.index_select(0, tokens), normed_kH, self._of_hidden)
+        qkv_kQ = self._operations.add_linear(self._own_DQ.index_select(0, tokens), normed_kH, self._of_hidden)
         pairs_11C = self._pairs_S1C.narrow(0, position, 1)
         return self._finished(qkv_kQ, h_kH, normed_kH, pairs_11C, places_k, Window(0, first + count, mask_kS))
 

@@ -24,13 +24,14 @@ from ..target import DTYPES, located, opened
 from ..target_files import TargetFiles
 from ..target_info import TargetInfo, configured, end_ids
 from ..weights import weights_sha256
+from .cpu.operations import make_operations
 from .decoder import Decoder
 from .families import SETTING, family_of
 from .memory import check_memory
 from .operations import Operations
 from .parallel import Group, join_members, shard
 from .target import NativeTarget
-from .weights import Place, allocate, places
+from .weights import Place, allocate, places, total_bytes
 
 
 def load_native(
@@ -78,7 +79,11 @@ def load_native(
         )
         weights = allocate(config, device, dtype)
         fill(places(weights, config, family), settings, device)
-    decoder = Decoder(config, weights, Operations(config, device), info.layers, group)
+    # Recording runs over whole packs of documents, which have no few rows.
+    operations = (
+        make_operations(config, device, dtype, total_bytes(weights)) if capacity else Operations(config, device)
+    )
+    decoder = Decoder(config, weights, operations, info.layers, group)
     return NativeTarget(decoder, info, tokenizer)
 
 

@@ -9,6 +9,7 @@ of an MLP, K experts of a token, R = T * K.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from .config import DecoderConfig, LayerConfig
 from .experts import SMALL, everywhere, gated, routed
 from .sights import Blocks, Sight, Step, Window
 from .weights import Dense, Experts
+
+#: What is multiplied with: a matrix ``[I, O]``, or an MLP of either kind.
+Matrix = Tensor | Dense | Experts
 
 
 class Rotation(NamedTuple):
@@ -51,6 +55,14 @@ class Operations:
         }
         self._heads = (config.num_heads, config.num_kv_heads, config.head_dim)
 
+    @property
+    def described(self) -> str:
+        """For reports: how products of few rows are computed."""
+        return "torch products"
+
+    def prepare(self, matrices: Iterable[Matrix]) -> None:
+        """Make ready for products of few rows with ``matrices``, which are the very objects that will be given."""
+
     def rotation(self, step: Step) -> Rotation:
         """Angles are taken in float32, as the models were trained."""
         angles_TC = step.positions.float()[:, None] * self._frequencies_C
@@ -71,6 +83,10 @@ class Operations:
     def linear(self, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
         """``[T, I]`` to ``[T, O]``."""
         return torch.mm(x_TI, weight_IO)
+
+    def add_linear(self, y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
+        """``y + x @ weight``, ``[T, O]``; ``y`` may be overwritten."""
+        return torch.addmm(y_TO, x_TI, weight_IO)
 
     def attend(
         self, qkv: Tensor, layer: LayerConfig, rotation: Rotation, step: Step, index: int, cache: Cache | None

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -45,7 +44,9 @@ class NativeTarget:
         weights, config = decoder.weights, decoder.config
         self.group, lm_head = decoder.group, weights.lm_head
         self._dealt = config.share.size > 1 and not config.whole_head
-        self._lm_head = lm_head[config.share.of(config.vocab_size)] if config.tied and self._dealt else lm_head
+        own = lm_head[config.share.of(config.vocab_size)] if config.tied and self._dealt else lm_head
+        self._head_HV = own.t()
+        decoder.operations.prepare([self._head_HV])
         if self._dealt and not config.tied:
             # Nobody has all of it, and who needs its values (to store or to copy them) shall not take a part for the
             # whole: this has the shape, and raises where it is read.
@@ -90,7 +91,8 @@ class NativeTarget:
 
     def logits(self, last_hidden: Tensor) -> Tensor:
         """``[..., H]`` after the final norm to ``[..., V]``."""
-        logits = F.linear(last_hidden, self._lm_head)
+        rows = last_hidden.flatten(0, -2) if last_hidden.ndim > 1 else last_hidden[None]
+        logits = self.decoder.operations.linear(rows, self._head_HV).view(*last_hidden.shape[:-1], -1)
         return self.group.gather(logits) if self.group is not None and self._dealt else logits
 
     def new_cache(self, capacity: int) -> Cache:

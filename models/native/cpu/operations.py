@@ -1,0 +1,211 @@
+"""The arithmetic of a decoder with products of few rows compiled: each by whichever way was measured faster at load.
+
+Shape suffixes: T tokens, I inputs, O outputs, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import DecoderConfig
+from ..operations import Matrix, Operations
+from ..weights import Dense, Experts
+from .library import Library, Unavailable, load_library
+
+SMALL_BYTES = (
+    1 << 28
+)  # of weights, up to which they are packed: larger ones keep several cores busy, whatever multiplies
+ROWS = (1, 2, 4, 6, 8, 16, 32, 64)  # for which both ways are timed; with more rows it is torch's
+MEMBERS, REPEATS = (
+    8,
+    5,
+)  # matrices of a shape that are timed in turn, so that none is in the nearest cache; and how often
+
+
+class Fast(NamedTuple):
+    """A packed matrix, MLP or layer of experts: the function ``run(x, y)``, its shape, and the most rows it is used for."""
+
+    run: Callable[[Tensor, Tensor], None]
+    outputs: int
+    shape: tuple[int, ...]
+    most: int
+    packed: tuple[Tensor, ...]
+
+
+class CompiledOperations(Operations):
+    """Plain torch, but for products of few rows, norms included.
+
+    Args:
+        config: the decoder's.
+        library: the compiled functions.
+    """
+
+    def __init__(self, config: DecoderConfig, library: Library) -> None:
+        super().__init__(config, torch.device("cpu"))
+        self.library = library
+        self._functions = library.functions
+        self._fast: dict[int, Fast] = {}
+        self._held: list[Matrix] = []  # whose numbers are the keys above
+
+    @property
+    def described(self) -> str:
+        """For reports: how products of few rows are computed."""
+        return f"{self.library.isa} products"
+
+    def prepare(self, matrices: Iterable[Matrix]) -> None:
+        """See :class:`Operations`: pack them, and time each shape beside plain torch."""
+        kinds: dict[tuple[int, ...], list[tuple[Matrix, Fast]]] = defaultdict(list)
+        for matrix in matrices:
+            fast = self._packed(matrix)
+            kinds[fast.shape].append((matrix, fast))
+        for members in kinds.values():
+            most = self._most_rows(members[:MEMBERS])
+            for matrix, fast in members:
+                if most:
+                    self._fast[id(matrix)] = fast._replace(most=most)
+                    self._held.append(matrix)
+
+    def norm(self, x_TH: Tensor, weight_H: Tensor) -> Tensor:
+        """See :class:`Operations`."""
+        rows, hidden = x_TH.shape
+        if rows > ROWS[-1] or not x_TH.is_contiguous():
+            return super().norm(x_TH, weight_H)
+        y_TH = torch.empty_like(x_TH)
+        eps = self.config.rms_norm_eps
+        self._functions.eagle3_norm(x_TH.data_ptr(), rows, hidden, weight_H.data_ptr(), eps, y_TH.data_ptr())
+        return y_TH
+
+    def linear(self, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
+        """See :class:`Operations`."""
+        fast = self._fast.get(id(weight_IO))
+        if fast is None or x_TI.shape[0] > fast.most:
+            return super().linear(x_TI, weight_IO)
+        y_TO = x_TI.new_empty(x_TI.shape[0], fast.outputs)
+        fast.run(x_TI, y_TO)
+        return y_TO
+
+    def add_linear(self, y_TO: Tensor, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
+        """See :class:`Operations`."""
+        fast = self._fast.get(id(weight_IO))
+        if fast is None or x_TI.shape[0] > fast.most or not y_TO.is_contiguous():
+            return super().add_linear(y_TO, x_TI, weight_IO)
+        self._product(x_TI, y_TO, fast.packed[0], add=True)
+        return y_TO
+
+    def mlp(self, x_TH: Tensor, weights: Dense) -> Tensor:
+        """See :class:`Operations`."""
+        fast = self._fast.get(id(weights))
+        if fast is None or x_TH.shape[0] > fast.most:
+            return super().mlp(x_TH, weights)
+        y_TH = torch.empty_like(x_TH)
+        fast.run(x_TH, y_TH)
+        return y_TH
+
+    def experts(self, x_TH: Tensor, weights: Experts) -> Tensor:
+        """See :class:`Operations`."""
+        fast = self._fast.get(id(weights))
+        if fast is None or x_TH.shape[0] > fast.most:
+            return super().experts(x_TH, weights)
+        y_TH = torch.empty_like(x_TH)
+        fast.run(x_TH, y_TH)
+        return y_TH
+
+    def _packed(self, matrix: Matrix) -> Fast:
+        if isinstance(matrix, Dense):
+            return self._packed_mlp(matrix)
+        if isinstance(matrix, Experts):
+            return self._packed_experts(matrix)
+        packed = self._pack(matrix)
+        return Fast(
+            lambda x, y: self._product(x, y, packed, add=False), matrix.shape[1], tuple(matrix.shape), 0, (packed,)
+        )
+
+    def _packed_mlp(self, weights: Dense) -> Fast:
+        (hidden, both), inner = weights.gate_up.shape, weights.down.shape[0]
+        packed = self._pack(weights.gate_up), self._pack(weights.down)
+        pointers, function = [tensor.data_ptr() for tensor in packed], self._functions.eagle3_mlp
+
+        def run(x: Tensor, y: Tensor) -> None:
+            x = x.contiguous()
+            function(x.data_ptr(), x.shape[0], hidden, inner, *pointers, y.data_ptr())
+
+        return Fast(run, hidden, (hidden, both, inner), 0, packed)
+
+    def _packed_experts(self, weights: Experts) -> Fast:
+        (hidden, count), inner, top_k = weights.router.shape, weights.down.shape[1], self.config.top_k
+        packed = (
+            self._pack(weights.router),
+            self._pack(weights.shared.gate_up),
+            self._pack(weights.shared.down),
+            torch.cat([self._pack(gate_up) for gate_up in weights.gate_up]),
+            torch.cat([self._pack(down) for down in weights.down]),
+        )
+        pointers, function = [tensor.data_ptr() for tensor in packed], self._functions.eagle3_experts
+
+        def run(x: Tensor, y: Tensor) -> None:
+            x = x.contiguous()
+            function(x.data_ptr(), x.shape[0], hidden, inner, count, top_k, *pointers, y.data_ptr())
+
+        return Fast(run, hidden, (hidden, count, inner, top_k), 0, packed)
+
+    def _pack(self, weight_IO: Tensor) -> Tensor:
+        inputs, outputs = weight_IO.shape
+        packed = weight_IO.new_empty(self._functions.eagle3_packed_size(inputs, outputs))
+        self._functions.eagle3_pack(weight_IO.data_ptr(), *weight_IO.stride(), inputs, outputs, packed.data_ptr())
+        return packed
+
+    def _product(self, x: Tensor, y: Tensor, packed: Tensor, add: bool) -> None:
+        x = x.contiguous()
+        rows, inputs = x.shape
+        self._functions.eagle3_product(
+            x.data_ptr(), rows, inputs, y.shape[1], packed.data_ptr(), y.data_ptr(), int(add)
+        )
+
+    def _most_rows(self, members: Sequence[tuple[Matrix, Fast]]) -> int:
+        """Rows up to which the compiled way is the faster one for matrices of this shape."""
+        most = 0
+        for rows in ROWS:
+            x, y = torch.randn(rows, members[0][1].shape[0]), torch.empty(rows, members[0][1].outputs)
+
+            def by_torch(x: Tensor = x) -> None:
+                for matrix, _ in members:
+                    if isinstance(matrix, Dense):
+                        Operations.mlp(self, x, matrix)
+                    elif isinstance(matrix, Experts):
+                        Operations.experts(self, x, matrix)
+                    else:
+                        Operations.linear(self, x, matrix)
+
+            def compiled(x: Tensor = x, y: Tensor = y) -> None:
+                for _, fast in members:
+                    fast.run(x, y)
+
+            if _seconds(compiled) > _seconds(by_torch):
+                break
+            most = rows
+        return most
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    found = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def make_operations(config: DecoderConfig, device: torch.device, dtype: torch.dtype, weight_bytes: int) -> Operations:
+    """Compiled where that can be had and may pay: float32 on a CPU, small weights, a compiler; else plain torch."""
+    if device.type == "cpu" and dtype == torch.float32 and weight_bytes <= SMALL_BYTES:
+        try:
+            return CompiledOperations(config, load_library())
+        except Unavailable:
+            pass
+    return Operations(config, device)

@@ -1,0 +1,232 @@
+// Products of a few rows on a CPU core: what plain decoding and verification spend their time on.
+//
+// Library products are made for hundreds of rows: with one to sixteen they spend most of their time on the way to the
+// arithmetic. Here weights are packed once into panels of as many columns as the accumulators of one row fill, so that
+// they are read from end to end, and a block of rows shares every read. One thread: there is nothing to wait for.
+//
+// A row's result does not depend on the rows beside it: every output is one sum, over inputs in their order.
+//
+// Compiled by library.py with GCC or Clang for the machine's own instructions; float32 alone.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define VECTORS 4  // 6 rows * 4 accumulators and 4 weights, of 32 registers
+#define NAME "AVX-512"
+#elif defined(__AVX2__)
+#define LANES 8
+#define VECTORS 2  // 6 * 2 and 2, of 16
+#define NAME "AVX2"
+#elif defined(__ARM_NEON)
+#define LANES 4
+#define VECTORS 4
+#define NAME "NEON"
+#else
+#define LANES 4
+#define VECTORS 2
+#define NAME "128-bit vectors"
+#endif
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4)));
+
+static const int64_t PANEL = LANES * VECTORS;
+static const int64_t BLOCK = 6;  // rows that share a read of the weights
+
+static inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+
+static inline vec load(const float* at) { return *reinterpret_cast<const vec*>(at); }
+static inline void store(float* at, vec value) { *reinterpret_cast<vec*>(at) = value; }
+
+// One panel of y [rows, out] (+)= x [rows, in] @ weights [in, PANEL]; `width` of its columns exist.
+template <int ROWS>
+static inline void tile(const float* x, int64_t in, const float* weights, float* y, int64_t out, int64_t width, bool add) {
+    vec sums[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < VECTORS; v++) sums[row][v] = vec{};
+    for (int64_t k = 0; k < in; k++) {
+        vec weight[VECTORS];
+        for (int v = 0; v < VECTORS; v++) weight[v] = load(weights + k * PANEL + v * LANES);
+        for (int row = 0; row < ROWS; row++) {
+            const float value = x[row * in + k];
+            for (int v = 0; v < VECTORS; v++) sums[row][v] += value * weight[v];
+        }
+    }
+    for (int row = 0; row < ROWS; row++) {
+        float* to = y + row * out;
+        float last[PANEL];
+        float* whole = width == PANEL ? to : last;
+        if (width < PANEL && add) std::memcpy(last, to, width * sizeof(float));
+        for (int v = 0; v < VECTORS; v++) {
+            float* at = whole + v * LANES;
+            store(at, add ? load(at) + sums[row][v] : sums[row][v]);
+        }
+        if (width < PANEL) std::memcpy(to, last, width * sizeof(float));
+    }
+}
+
+static void block(int64_t rows, const float* x, int64_t in, const float* weights, float* y, int64_t out, int64_t width, bool add) {
+    switch (rows) {
+        case 1: return tile<1>(x, in, weights, y, out, width, add);
+        case 2: return tile<2>(x, in, weights, y, out, width, add);
+        case 3: return tile<3>(x, in, weights, y, out, width, add);
+        case 4: return tile<4>(x, in, weights, y, out, width, add);
+        case 5: return tile<5>(x, in, weights, y, out, width, add);
+        default: return tile<6>(x, in, weights, y, out, width, add);
+    }
+}
+
+static void product(const float* x, int64_t rows, int64_t in, int64_t out, const float* packed, float* y, bool add) {
+    // Blocks of about one size: 8 rows as 4 and 4, not as 6 and 2.
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = (rows + blocks - 1) / blocks;
+    for (int64_t panel = 0; panel < panels(out); panel++) {
+        const int64_t from = panel * PANEL;
+        for (int64_t row = 0; row < rows; row += size)
+            block(std::min(size, rows - row), x + row * in, in, packed + from * in, y + row * out + from, out,
+                  std::min(PANEL, out - from), add);
+    }
+}
+
+// exp to about 1e-7, relative: 2**n * exp(r) with r in [-ln 2 / 2, ln 2 / 2], the latter by its series.
+static inline vec exponential(vec x) {
+    const float rounder = 12582912.0f;  // 1.5 * 2**23: adding it leaves whole numbers
+    vec low = vec{} - 87.0f, high = vec{} + 88.0f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const vec n = (x * 1.44269504f + rounder) - rounder;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec sum = vec{} + 1.0f / 5040;
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
+    vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return sum * scale;
+}
+
+// silu(gate) * up, [rows, 2 * inner] to [rows, inner].
+static void gated(const float* gate_up, int64_t rows, int64_t inner, float* to) {
+    for (int64_t row = 0; row < rows; row++) {
+        const float *gate = gate_up + row * 2 * inner, *up = gate + inner;
+        float* result = to + row * inner;
+        int64_t at = 0;
+        for (; at + LANES <= inner; at += LANES) {
+            const vec g = load(gate + at);
+            store(result + at, g * load(up + at) / (1.0f + exponential(vec{} - g)));
+        }
+        for (; at < inner; at++) result[at] = gate[at] * up[at] / (1.0f + std::exp(-gate[at]));
+    }
+}
+
+struct Scratch {
+    std::vector<float> gate_up, inner, rows, results, logits;
+    std::vector<int64_t> experts, order;
+    static float* room(std::vector<float>& held, int64_t count) {
+        if (static_cast<int64_t>(held.size()) < count) held.resize(count);
+        return held.data();
+    }
+};
+
+static thread_local Scratch scratch;
+
+static void mlp(const float* x, int64_t rows, int64_t hidden, int64_t inner, const float* gate_up, const float* down, float* y) {
+    float* both = Scratch::room(scratch.gate_up, rows * 2 * inner);
+    float* between = Scratch::room(scratch.inner, rows * inner);
+    product(x, rows, hidden, 2 * inner, gate_up, both, false);
+    gated(both, rows, inner, between);
+    product(between, rows, inner, hidden, down, y, false);
+}
+
+extern "C" {
+
+const char* eagle3_isa() { return NAME; }
+
+// Floats that a packed matrix [in, out] takes.
+int64_t eagle3_packed_size(int64_t in, int64_t out) { return in * panels(out) * PANEL; }
+
+// Weights [in, out] of any strides into panels; columns that do not exist are zeros.
+void eagle3_pack(const float* weights, int64_t in_stride, int64_t out_stride, int64_t in, int64_t out, float* packed) {
+    for (int64_t panel = 0; panel < panels(out); panel++)
+        for (int64_t k = 0; k < in; k++)
+            for (int64_t column = panel * PANEL; column < (panel + 1) * PANEL; column++)
+                *packed++ = column < out ? weights[k * in_stride + column * out_stride] : 0.0f;
+}
+
+// y [rows, out] = x [rows, in] @ weights, or += where `add`.
+void eagle3_product(const float* x, int64_t rows, int64_t in, int64_t out, const float* packed, float* y, int64_t add) {
+    product(x, rows, in, out, packed, y, add != 0);
+}
+
+// y [rows, hidden] = x / sqrt(mean(x ** 2) + eps) * weight.
+void eagle3_norm(const float* x, int64_t rows, int64_t hidden, const float* weight, double eps, float* y) {
+    for (int64_t row = 0; row < rows; row++, x += hidden, y += hidden) {
+        vec squares = {};
+        int64_t at = 0;
+        for (; at + LANES <= hidden; at += LANES) squares += load(x + at) * load(x + at);
+        double sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += squares[lane];
+        for (; at < hidden; at++) sum += x[at] * x[at];
+        const float scale = static_cast<float>(1.0 / std::sqrt(sum / hidden + eps));
+        for (at = 0; at + LANES <= hidden; at += LANES) store(y + at, load(x + at) * scale * load(weight + at));
+        for (; at < hidden; at++) y[at] = x[at] * scale * weight[at];
+    }
+}
+
+// SwiGLU, y [rows, hidden].
+void eagle3_mlp(const float* x, int64_t rows, int64_t hidden, int64_t inner, const float* gate_up, const float* down, float* y) {
+    mlp(x, rows, hidden, inner, gate_up, down, y);
+}
+
+// y [rows, hidden] = the shared expert of x, and the top_k experts of each row, which take it scaled by the sigmoid of their
+// router logit. Packed experts lie one behind the other.
+void eagle3_experts(const float* x, int64_t rows, int64_t hidden, int64_t inner, int64_t count, int64_t top_k, const float* router,
+                    const float* shared_gate_up, const float* shared_down, const float* gate_ups, const float* downs, float* y) {
+    mlp(x, rows, hidden, inner, shared_gate_up, shared_down, y);
+    float* logits = Scratch::room(scratch.logits, rows * count);
+    product(x, rows, hidden, count, router, logits, false);
+    // The experts of every row, by falling logit; of equal ones the first.
+    auto& chosen = scratch.experts;
+    chosen.assign(rows * top_k, 0);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t k = 0; k < top_k; k++) {
+            int64_t best = -1;
+            for (int64_t expert = 0; expert < count; expert++) {
+                const auto before = chosen.begin() + row * top_k;
+                if (std::find(before, before + k, expert) != before + k) continue;
+                if (best < 0 || logits[row * count + expert] > logits[row * count + best]) best = expert;
+            }
+            chosen[row * top_k + k] = best;
+        }
+    float* gathered = Scratch::room(scratch.rows, rows * hidden);
+    float* results = Scratch::room(scratch.results, rows * hidden);
+    const int64_t first = eagle3_packed_size(hidden, 2 * inner), second = eagle3_packed_size(inner, hidden);
+    auto& members = scratch.order;
+    for (int64_t expert = 0; expert < count; expert++) {
+        members.clear();
+        for (int64_t entry = 0; entry < rows * top_k; entry++)
+            if (chosen[entry] == expert) members.push_back(entry / top_k);
+        if (members.empty()) continue;
+        for (size_t member = 0; member < members.size(); member++) {
+            const float score = 1.0f / (1.0f + std::exp(-logits[members[member] * count + expert]));
+            const float* from = x + members[member] * hidden;
+            for (int64_t at = 0; at < hidden; at++) gathered[member * hidden + at] = from[at] * score;
+        }
+        mlp(gathered, members.size(), hidden, inner, gate_ups + expert * first, downs + expert * second, results);
+        for (size_t member = 0; member < members.size(); member++) {
+            float* to = y + members[member] * hidden;
+            for (int64_t at = 0; at < hidden; at++) to[at] += results[member * hidden + at];
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,225 @@
+"""Compiled products of few rows: the numbers of plain torch, whatever the shape, and plain torch where there is no compiler."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from eagle3.models.native.config import DecoderConfig, LayerConfig
+from eagle3.models.native.cpu import library, operations
+from eagle3.models.native.cpu.library import Unavailable, load_library
+from eagle3.models.native.cpu.operations import ROWS, SMALL_BYTES, CompiledOperations, make_operations
+from eagle3.models.native.decoder import Decoder
+from eagle3.models.native.operations import Operations
+from eagle3.models.native.sights import branching, following
+from eagle3.models.native.weights import Dense, Experts, allocate
+from torch import Tensor
+
+from .conftest import Pair, assert_close, random_ids
+
+CPU = torch.device("cpu")
+
+
+def config(experts: int = 0, hidden: int = 32, width: int = 48, top_k: int = 1) -> DecoderConfig:
+    layer = LayerConfig(rotates=True, chunk=0, experts=experts, width=width)
+    return DecoderConfig(96, hidden, 2, 1, 8, 1e-5, 1e4, (layer,), top_k=top_k)
+
+
+@pytest.fixture(autouse=True)
+def _always_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clock says: these tests are about the numbers."""
+    try:
+        load_library()
+    except Unavailable as reason:
+        pytest.skip(f"compiled products: {reason}")
+    monkeypatch.setattr(CompiledOperations, "_most_rows", lambda *_: ROWS[-1])
+
+
+def ways(of: DecoderConfig) -> tuple[CompiledOperations, Operations]:
+    return CompiledOperations(of, load_library()), Operations(of, CPU)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 8, 13, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 5), (32, 64), (33, 65), (128, 200)])
+def test_product(rows: int, inputs: int, outputs: int) -> None:
+    compiled, plain = ways(config())
+    x, y = torch.randn(rows, inputs), torch.randn(rows, outputs)
+    for weight in (
+        torch.randn(inputs, outputs),
+        torch.randn(outputs, inputs).t(),
+        torch.randn(inputs, 3 * outputs)[:, ::3],
+    ):
+        compiled.prepare([weight])
+        assert_close(compiled.linear(x, weight), plain.linear(x, weight), 1e-5)
+        assert_close(compiled.add_linear(y.clone(), x, weight), plain.add_linear(y, x, weight), 1e-5)
+
+
+def test_a_row_is_computed_alike_whatever_is_beside_it() -> None:
+    """So a token that is verified has the logits, to the bit, that plain decoding has."""
+    compiled, _ = ways(config(experts=4))
+    weight, mlp = torch.randn(32, 70), random_mlp(config(experts=4))
+    compiled.prepare([weight, mlp])
+    x = torch.randn(13, 32)
+    for rows in (1, 2, 6, 7):
+        assert compiled.linear(x[:rows], weight).equal(compiled.linear(x, weight)[:rows])
+        assert compiled.experts(x[:rows], mlp).equal(compiled.experts(x, mlp)[:rows])
+        assert compiled.norm(x[:rows], torch.ones(32)).equal(compiled.norm(x, torch.ones(32))[:rows])
+
+
+def random_mlp(of: DecoderConfig) -> Experts:
+    mlp = allocate(of, CPU, torch.float32).layers[0].mlp
+    assert isinstance(mlp, Experts) and mlp.every is not None
+    torch.manual_seed(0)
+    for tensor in (mlp.router, *mlp.every):
+        tensor.normal_()
+    return mlp
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 6, 40])
+def test_experts(rows: int, top_k: int) -> None:
+    of = config(experts=5, top_k=top_k)
+    compiled, plain = ways(of)
+    mlp, x = random_mlp(of), torch.randn(rows, 32)
+    compiled.prepare([mlp])
+    assert_close(compiled.experts(x, mlp), plain.experts(x, mlp), 1e-4)
+
+
+def test_no_other_expert_is_computed() -> None:
+    of = config(experts=3)
+    compiled, _ = ways(of)
+    mlp, x = random_mlp(of), torch.randn(9, 32)
+    mlp.gate_up[(x @ mlp.router).sum(0).argmin()].fill_(torch.nan)
+    chosen = (x @ mlp.router).argmax(1)
+    compiled.prepare([mlp])
+    broken = mlp.gate_up.isnan().flatten(1).any(1)
+    assert compiled.experts(x, mlp).isfinite().all(1).equal(~broken[chosen])
+
+
+@pytest.mark.parametrize("inner", [1, 48, 64])
+def test_mlp_over_the_whole_range_of_its_gate(inner: int) -> None:
+    compiled, plain = ways(config())
+    mlp = Dense(torch.randn(4, 2 * inner), torch.randn(inner, 4))
+    compiled.prepare([mlp])
+    for scale in (1e-6, 1.0, 30.0, 1e4):
+        x = torch.randn(6, 4) * scale
+        assert_close(compiled.mlp(x, mlp), plain.mlp(x, mlp), 1e-5)
+    assert compiled.mlp(torch.full((1, 4), torch.nan), mlp).isnan().all()
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 32, 130])
+def test_norm(hidden: int) -> None:
+    compiled, plain = ways(config(hidden=hidden))
+    weight = torch.rand(hidden)
+    for x in (
+        torch.randn(5, hidden),
+        1e-4 * torch.randn(5, hidden),
+        torch.zeros(2, hidden),
+        torch.randn(hidden, 5).t(),
+    ):
+        assert_close(compiled.norm(x, weight), plain.norm(x, weight), 1e-6)
+
+
+def test_a_decoder_of_every_variant(pair: Pair) -> None:
+    """Prompt, chain, rollback and tree, beside the same weights in plain torch."""
+    decoder = pair.ours.decoder
+    if decoder.weights.norm.device != CPU:
+        pytest.skip("the products are a CPU's")
+    ids, nodes = random_ids(40), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    found = []
+    for made in ways(decoder.config):
+        target = Decoder(decoder.config, decoder.weights, made, pair.ours.info.layers)
+        cache, chunks = pair.ours.new_cache(64), decoder.config.chunks
+        steps = [
+            target.forward(ids[:30], following(cache, 30, chunks, torch.float32), cache)[0],
+            target.forward(ids[30:36], following(cache, 6, chunks, torch.float32), cache)[0],
+        ]
+        cache.rollback(33)
+        steps.append(target.forward(ids[:3], branching(cache, nodes, chunks, torch.float32), cache)[0])
+        found.append(torch.cat(steps))
+    assert_close(found[0], found[1], 1e-4)
+
+
+def test_each_way_is_taken_where_it_was_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    slower_from = 8
+    times: Iterator[float] = iter([time for rows in ROWS for time in (1.0 if rows < slower_from else 3.0, 2.0)])
+    monkeypatch.setattr(operations, "_seconds", lambda _: next(times))
+    compiled, _ = ways(config())
+    weight, calls = torch.randn(32, 16), list[int]()
+    compiled.prepare([weight])
+    real = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, w: calls.append(len(x)) or real(x, w))
+    for rows in (1, 6, 7, 8, 64):
+        x = torch.randn(rows, 32)
+        assert_close(compiled.linear(x, weight), real(x, weight), 1e-5)
+    assert calls == [7, 8, 64]
+
+
+def test_what_is_large_or_narrow_is_left_to_torch() -> None:
+    of = config()
+    assert isinstance(make_operations(of, CPU, torch.float32, SMALL_BYTES), CompiledOperations)
+    assert type(make_operations(of, CPU, torch.float32, SMALL_BYTES + 1)) is Operations
+    assert type(make_operations(of, CPU, torch.bfloat16, 1)) is Operations
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    load_library.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match=r"no C\+\+ compiler"):
+            load_library()
+        made = make_operations(config(), CPU, torch.float32, 1)
+        assert type(made) is Operations and made.described == "torch products"
+    finally:
+        load_library.cache_clear()
+
+
+def test_a_compiler_that_fails_says_why_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && echo broken 1.0 && exit\necho 'no such thing' >&2\necho more >&2\nexit 1\n"
+    )
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_library.cache_clear()
+    try:
+        with pytest.raises(Unavailable, match="cannot compile them: no such thing$"):
+            load_library()
+        assert not list((tmp_path / "cache" / "eagle3" / "kernels").iterdir())
+    finally:
+        load_library.cache_clear()
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And again where what is there cannot be loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = list[Path]()
+    real = library._compile
+
+    def compiled(compiler: str, path: Path) -> None:
+        made.append(path)
+        path.write_bytes(b"half a library") if len(made) == 1 else real(compiler, path)
+
+    monkeypatch.setattr(library, "_compile", compiled)
+    try:
+        load_library.cache_clear()
+        with pytest.raises(Unavailable, match="cannot be loaded"):
+            load_library()
+        for _ in range(2):
+            load_library.cache_clear()
+            load_library()
+        assert len(made) == 2 and made[1].exists()
+    finally:
+        load_library.cache_clear()
+
+
+def test_logits_of_one_row_have_one_dimension(pair: Pair) -> None:
+    states: Tensor = pair.ours.prefill(random_ids(5), [5]).last_hidden
+    assert pair.ours.logits(states[-1]).shape == (pair.ours.info.vocab_size,)
+    assert_close(pair.ours.logits(states)[-1], pair.ours.logits(states[-1]), 1e-5)
