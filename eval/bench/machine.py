@@ -122,14 +122,16 @@ def hardware(name: str) -> str:
     """What a results file calls the machine: ``name``, or else processor, cores and instruction set; any restriction."""
     capability = torch.backends.cpu.get_cpu_capability()
     isa = INSTRUCTIONS.get(capability, capability)
-    count = cores()
-    parts = [name] if name else [processor(), f"{count} core{'s' if count > 1 else ''}", isa]
-    if not name and torch.cuda.is_available():
-        parts.insert(0, torch.cuda.get_device_name())
     names = {variable for variables in RESTRICTIONS.values() for variable in variables}
     variables = [f"{variable}={os.environ[variable]}" for variable in sorted(names & os.environ.keys())]
+    parts, count = [name], cores()
+    if not name:
+        gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+        parts = [*gpu, processor(), f"{count} core{'s' if count > 1 else ''}"]
     if variables:
         parts.append(f"restricted to {isa} ({' '.join(variables)})")
+    elif not name:
+        parts.append(isa)
     return ", ".join(parts)
 
 

@@ -7,6 +7,9 @@ of the calls that fit :data:`BUDGET_S` of a round, and then the median of the ro
 and then waits for a thread costs what it waits. In every round all parts are measured on the idle machine, then all of
 them beside one busy core, then beside as many as there are, so that a ratio compares what was measured together.
 
+Beside the time on the clock stands that of the processor, of all threads: where other processes keep a machine busy that
+was to be idle, the latter still says what one thread computes, though not what it waits for.
+
 Targets and heads are loaded anew for each thread count, for what they choose by measurement when they are loaded.
 """
 
@@ -16,6 +19,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -52,7 +56,14 @@ class Condition(NamedTuple):
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}, {self.beside}"
 
 
-Measured = Mapping[Condition, Mapping[str, Sequence[float]]]
+class Times(NamedTuple):
+    """Milliseconds a call, one per round: of the clock, and of all threads of this process on the processor."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+Measured = Mapping[Condition, Mapping[str, Times]]
 
 
 def thread_counts(wanted: Sequence[int] | None) -> list[int]:
@@ -93,13 +104,13 @@ def timings(workload: Workload, asked: argparse.Namespace) -> list[dict[str, obj
 
 @torch.inference_mode()
 def measure(operations: Mapping[str, Operation], threads: int, rounds: int) -> tuple[Measured, float | None]:
-    """Milliseconds a call, by condition and name, one per round; and how many cores others kept busy meanwhile.
+    """What a call takes, by condition and name; and how many cores others kept busy meanwhile.
 
     The latter is of the rounds on an idle machine, which it was only if this is about 0; None where no system says it.
     """
     torch.set_num_threads(threads)  # whatever was chosen while the target was loaded
     conditions = [Condition(threads, busy) for busy in sorted({0, 1, cores()})]
-    found: dict[Condition, dict[str, list[float]]] = {each: {name: [] for name in operations} for each in conditions}
+    found = {each: {name: Times([], []) for name in operations} for each in conditions}
     others = list[float]()
     for operation in operations.values():
         milliseconds(operation, 0.0)
@@ -108,39 +119,40 @@ def measure(operations: Mapping[str, Operation], threads: int, rounds: int) -> t
         watch = Watch()
         with spinning(condition.busy):
             for name, operation in operations.items():
-                found[condition][name].append(milliseconds(operation, BUDGET_S))
+                for times, spent in zip(found[condition][name], milliseconds(operation, BUDGET_S), strict=True):
+                    times.append(spent)
         kept = watch.others()
         if kept is not None and not condition.busy:
             others.append(kept)
     return found, statistics.median(others) if others else None
 
 
-def milliseconds(operation: Operation, budget: float) -> float:
-    """The mean of as many calls as take ``budget`` seconds, and of one at least."""
-    spent, calls = 0.0, 0
-    while not calls or spent < budget:
+def milliseconds(operation: Operation, budget: float) -> tuple[float, float]:
+    """Of the clock and of the processor: means of as many calls as take ``budget`` seconds, and of one at least."""
+    wall, cpu, calls = 0.0, 0.0, 0
+    while not calls or wall < budget:
         operation.prepare()
-        started = now()
+        started, started_cpu = now(), time.process_time()
         operation.run()
-        spent += now() - started
+        wall, cpu = wall + now() - started, cpu + time.process_time() - started_cpu
         calls += 1
-    return 1e3 * spent / calls
+    return 1e3 * wall / calls, 1e3 * cpu / calls
 
 
 def table(measured: Measured, others: float | None) -> Iterator[str]:
-    """A line per operation, a column per condition."""
-    conditions = list(measured)
-    yield f"  {conditions[0].name.partition(',')[0]:<22}" + "".join(f"{each.beside:>20}" for each in conditions)
-    for name in measured[conditions[0]]:
-        cells = []
-        for condition in conditions:
-            times = measured[condition]
-            cells.append(f"{statistics.median(times[name]):12.3f} ({_ratio(times[name], times[TOKEN]):5.2f})")
+    """A line per operation, a column per condition; the first of these once more in processor time."""
+    conditions, idle = list(measured), next(iter(measured.values()))
+    titles = [*(each.beside for each in conditions), f"{conditions[0].beside}, processor"]
+    yield f"  {conditions[0].name.partition(',')[0]:<22}" + "".join(f"{each:>20}" for each in titles)
+    for name in idle:
+        columns = [(each[name].wall, each[TOKEN].wall) for each in measured.values()]
+        columns.append((idle[name].cpu, idle[TOKEN].cpu))
+        cells = [f"{statistics.median(ours):12.3f} ({_ratio(ours, token):5.2f})" for ours, token in columns]
         yield f"  {name:<22}" + "".join(cells)
-    idle = measured[conditions[0]]
     for name, limit in LIMITS.items():
-        yield f"  {name} takes {_ratio(idle[name], idle[TOKEN]):.2f} tokens [at most {limit:g}]"
-    yield f"  a {SAMPLED} takes {_ratio(idle[SAMPLED], idle[GREEDY]):.3f} of one at T=0 [at most {SAMPLED_LIMIT:g}]"
+        yield f"  {name} takes {_ratio(idle[name].wall, idle[TOKEN].wall):.2f} tokens [at most {limit:g}]"
+    ratio = _ratio(idle[SAMPLED].wall, idle[GREEDY].wall)
+    yield f"  a {SAMPLED} takes {ratio:.3f} of one at T=0 [at most {SAMPLED_LIMIT:g}]"
     if others is not None and others > NOT_IDLE:
         yield f"  warning: the machine was not idle; other processes kept {others:.1f} cores busy"
 
@@ -151,12 +163,13 @@ def lines_of(
     """The lines of a results file: every figure beside a token, a token beside an idle one, sampled rounds beside greedy."""
     results, idle = list[dict[str, object]](), next(iter(measured.values()))
 
-    def add(what: str, ours: Sequence[float], name: str, theirs: Sequence[float], limit: float | None) -> None:
-        notes = f"{what}, {condition.name}; rounds: {[round(each, 3) for each in ours]}"
+    def add(what: str, ours: Times, name: str, theirs: Times, limit: float | None) -> None:
+        notes = f"{what}, {condition.name}; rounds: {[round(each, 3) for each in ours.wall]}; processor: "
+        notes += f"{statistics.median(ours.cpu):.3f} ms, {_ratio(ours.cpu, theirs.cpu):.2f} of {name}"
         if not condition.busy and others is not None:
             notes += f"; other processes kept {others:.2f} cores busy"
-        value, beside = (round(statistics.median(each), 4) for each in (ours, theirs))
-        ratio = _ratio(ours, theirs)
+        value, beside = (round(statistics.median(each.wall), 4) for each in (ours, theirs))
+        ratio = _ratio(ours.wall, theirs.wall)
         line = result(asked, "timing", shape, "ms", value, (name, beside), limit or 0, notes, ratio)
         results.append(line | {"limit": limit})
 
@@ -171,4 +184,4 @@ def lines_of(
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+    return statistics.median(mine / max(other, 1e-9) for mine, other in zip(ours, theirs, strict=True))

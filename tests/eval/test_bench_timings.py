@@ -21,7 +21,7 @@ from eagle3.data.bench import sides
 from eagle3.eval.bench import comparison, decoding, machine, timings
 from eagle3.eval.bench.machine import RESTRICTIONS, SPIN, Watch, commit, hardware, restrict, spinning
 from eagle3.eval.bench.parts import EXTENDED, GREEDY, SAMPLED, TOKEN, VERIFIED, Operation, Round, load_operations
-from eagle3.eval.bench.timings import Condition, lines_of, table, thread_counts
+from eagle3.eval.bench.timings import Condition, Times, lines_of, table, thread_counts
 from eagle3.eval.bench.workload import Workload, load_checked, read_workload
 from eagle3.eval.drafters import ChainDrafter
 from eagle3.eval.speculate import Limits, NativeVerifier, Sampling, decode
@@ -171,16 +171,17 @@ def test_what_prepares_a_call_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
             clock[0] += 0.02
 
     monkeypatch.setattr(timings, "now", lambda: clock[0])
+    monkeypatch.setattr(timings.time, "process_time", lambda: 1.5 * clock[0])
     slow = Slow()
-    assert timings.milliseconds(slow, 0.05) == pytest.approx(20.0)
+    assert timings.milliseconds(slow, 0.05) == pytest.approx((20.0, 30.0))
     assert slow.prepared == 3
-    assert timings.milliseconds(slow, 0.0) == pytest.approx(20.0)
+    assert timings.milliseconds(slow, 0.0) == pytest.approx((20.0, 30.0))
     assert slow.prepared == 4
 
 
 def test_figures_are_medians_of_rounds_beside_a_token_of_the_same_condition() -> None:
     idle, busy = Condition(1, 0), Condition(1, 1)
-    measured = {
+    walls = {
         idle: {
             TOKEN: [1.0, 2.0, 4.0],
             "verify of 6": [2.0, 5.0, 6.0],
@@ -194,13 +195,18 @@ def test_figures_are_medians_of_rounds_beside_a_token_of_the_same_condition() ->
             SAMPLED: [5.0, 5.0, 5.0],
         },
     }
+    measured = {
+        condition: {name: Times(wall, [1.0 if name == TOKEN else 1.5] * 3) for name, wall in times.items()}
+        for condition, times in walls.items()
+    }
     found: list[Any] = lines_of(measured, 0.25, ASKED, "tiny")
     lines = {(line["notes"].partition(";")[0], line["reference"]["name"]): line for line in found}
     verify = lines["verify of 6, 1 thread, idle", "a token"]
     assert (verify["value"], verify["reference"], verify["ratio"]) == (5.0, {"name": "a token", "value": 2.0}, 2.0)
     assert verify["limit"] == 1.6
     assert verify["notes"] == (
-        "verify of 6, 1 thread, idle; rounds: [2.0, 5.0, 6.0]; other processes kept 0.25 cores busy"
+        "verify of 6, 1 thread, idle; rounds: [2.0, 5.0, 6.0]; processor: 1.500 ms, 1.50 of a token; "
+        "other processes kept 0.25 cores busy"
     )
     assert lines["verify of 6, 1 thread, 1 busy core", "a token"]["ratio"] == 2.0
     assert lines[f"{TOKEN}, 1 thread, 1 busy core", "a token on an idle machine"]["ratio"] == 2.0
@@ -301,6 +307,7 @@ def test_results_say_what_was_restricted(capability: Callable[[str], None], monk
     assert hardware("").endswith("AVX-512")
     capability("AVX2")
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert hardware("").count("AVX2") == 1
     assert hardware("two cores") == "two cores, restricted to AVX2 (ATEN_CPU_CAPABILITY=avx2)"
 
 
