@@ -4,14 +4,16 @@
 
 A run's head answers its test prompts greedily. In every round each prompt is answered by all sides, one right after the
 other; speeds are TPS/user (tokens after the first / time after the first), and a ratio is the median over the rounds.
-Last, the rounds of a side are timed from inside: the target's verify, the draft's own forwards, and all else.
+Then the rounds of a side are timed from inside: the target's verify, the draft's own forwards, and all else.
+
+Last come the timings (``--only timings``; :mod:`.timings`): a token, verifies, the draft and rounds, by thread count, on
+an idle machine and beside busy cores. ``--isa avx2`` measures as on a CPU without AVX-512, in a new process with the
+variables of :data:`.machine.RESTRICTIONS` set; ``--against before.json`` prints earlier results beside the new ones.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import statistics
 import sys
 import time
@@ -26,23 +28,20 @@ from transformers.generation.streamers import BaseStreamer
 from ...configs.drafting import parse
 from ...configs.entry import finish
 from ...configs.errors import UserError
-from ...configs.loader import load
-from ...configs.settings import Settings
 from ...data.bench.sides import LEAST, check_rounds, result, write
-from ...data.chat import prompt_ids
-from ...data.choice import deal
-from ...data.conversations import read_conversations
 from ...data.stage import at_least
-from ...models.checkpoint import CONFIG, load_draft
 from ...models.native.draft import NativeDraft
-from ...models.native.loading import load_native
 from ...models.native.target import NativeTarget
 from ...models.target import DTYPES, Target, load_target, located, reader
 from ..drafters import ChainDrafter, Head, TreeDrafter
-from ..speculate import Drafter, Limits, NativeVerifier, Sampling, TargetVerifier, Verifier, decode
+from ..speculate import Drafter, NativeVerifier, Sampling, TargetVerifier, Verifier, decode
 from ..trees import TreeShape
+from .comparison import compared, read_results
 from .former import PlainHead
 from .inside import inside
+from .machine import RESTRICTIONS, commit, hardware, restrict
+from .timings import thread_counts, timings
+from .workload import Workload, load_checked, read_workload
 
 GENERATE = "transformers' generate"
 FORMER_PLAIN, FORMER = "transformers' model", "transformers' model, chain"
@@ -65,73 +64,86 @@ Side = Callable[[list[int]], Answered]
 
 
 class Subject(NamedTuple):
-    """A run's target twice, its head, its test prompts, and where answers end."""
+    """A workload, its target thrice, and its head in two forms."""
 
-    settings: Settings
+    workload: Workload
     model: Any
     former: Target
     native: NativeTarget
-    prompts: list[list[int]]
-    limits: Limits
     capacity: int
     heads: Callable[[int], Head]
     plain_head: Head
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure; print a table, and write it where it is asked for."""
-    parser = argparse.ArgumentParser(prog="decoding", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="a trained run; default %(default)s")
-    parser.add_argument("--prompts", type=int, default=8, help="test prompts that are answered; default %(default)s")
-    parser.add_argument("--longer", type=int, default=7, help="a second chain's tokens; default %(default)s")
-    parser.add_argument("--tree", type=int, nargs=3, default=(60, 7, 10), metavar=("TOTAL", "DEPTH", "TOP_K"))
-    parser.add_argument("--rounds", type=int, default=LEAST, help=f"at least {LEAST}; default %(default)s")
-    parser.add_argument("--hardware", default="", help="the machine's name, for the results file")
-    parser.add_argument("--commit", default="", help="the commit that is measured, for the results file")
-    parser.add_argument("--out", type=Path, help="where to write the results")
-    asked = parser.parse_args(arguments)
+    """Measure; print tables, and write the results where they are asked for."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    asked = _options().parse_args(given)
     check_rounds(asked.rounds)
-    for option in ("prompts", "longer"):
+    for option in ("prompts", "chain", "longer"):
         at_least(f"--{option}", getattr(asked, option), 1)
+    thread_counts(asked.threads)
     try:
         parse(f"tree {'/'.join(map(str, asked.tree))}")
     except ValueError as error:
         remedy = "give nodes, levels and children of a node, such as 60 7 10"
         raise UserError("--tree", " ".join(map(str, asked.tree)), str(error), remedy) from None
-    subject = read_subject(
-        asked.run, asked.prompts, max(asked.longer, 1 + asked.tree[0], asked.tree[1] * asked.tree[2])
-    )
-    results = measure(subject, asked.longer, TreeShape(*asked.tree), asked)
+    before = None if asked.against is None else read_results(asked.against, "--against")
+    restrict(asked.isa, "eagle3.eval.bench.decoding", given)
+    asked.hardware, asked.commit = hardware(asked.hardware), commit(asked.commit)
+    workload = read_workload(asked.run, asked.target, asked.prompts)
+    print(f"{asked.hardware}; commit {asked.commit or '-'}", flush=True)
+    results = list[dict[str, object]]()
+    if asked.only != "timings":
+        shape = TreeShape(*asked.tree)
+        proposal = max(asked.chain, asked.longer, 1 + shape.total, shape.depth * shape.top_k)
+        results += measure(load_subject(workload, proposal), asked.longer, shape, asked)
+    if asked.only != "decoding":
+        results += timings(workload, asked)
     if asked.out:
         write(asked.out, results)
+    if before is not None:
+        for line in compared(before, results):
+            print(line)
 
 
-def read_subject(run: Path, count: int, proposal: int) -> Subject:
-    """What is measured of a run; ``proposal`` is the room that the largest takes which it is asked for beside its own.
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="decoding", description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="a trained run; default %(default)s")
+    parser.add_argument("--target", help='a folder, a hub name or "embedded"; default the one of the run\'s recipe')
+    parser.add_argument("--only", choices=("decoding", "timings"), help="measure one of the two; default both")
+    parser.add_argument("--prompts", type=int, default=8, help="test prompts that are answered; default %(default)s")
+    parser.add_argument("--chain", type=int, default=5, help="tokens of a chain; default %(default)s")
+    parser.add_argument("--longer", type=int, default=7, help="a second chain's tokens; default %(default)s")
+    parser.add_argument("--tree", type=int, nargs=3, default=(60, 7, 10), metavar=("TOTAL", "DEPTH", "TOP_K"))
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="thread counts of the timings; default 1, 2, 4, ... and that of the cores",
+    )
+    parser.add_argument("--rounds", type=int, default=LEAST, help=f"at least {LEAST}; default %(default)s")
+    parser.add_argument("--isa", choices=RESTRICTIONS, help="compute with these instructions and no later ones")
+    parser.add_argument("--hardware", default="", help="the machine's name; default processor, cores and instructions")
+    parser.add_argument("--commit", default="", help="the commit that is measured; default the repository's")
+    parser.add_argument("--out", type=Path, help="where to write the results")
+    parser.add_argument("--against", type=Path, help="earlier results, to print beside the new ones")
+    return parser
 
-    Raises:
-        UserError: it has no head.
-    """
-    if not (run / "draft" / CONFIG).is_file():
-        raise UserError("--run", run, "it has no head", "give a trained run, such as that of `make demo`")
-    settings = load(run / "config.yaml", [])
-    target = dataclasses.replace(settings.target, dtype=settings.eval.dtype)
-    former = load_target(target)
-    chosen = [c for c in read_conversations(run / "conversations" / "prompts.jsonl") if c.split == "test"]
-    prompts = [prompt_ids(former.tokenizer, conversation) for conversation in itertools.islice(deal(chosen), count)]
-    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + 1 + max(settings.eval.chain, proposal)
-    native = load_native(target, capacity)
-    draft = load_draft(run / "draft").to(native.device, native.dtype).eval()
-    path, where = located(target)
+
+def load_subject(workload: Workload, proposal: int) -> Subject:
+    """The target in each engine, with room for a ``proposal`` of so many tokens."""
+    capacity = workload.longest + 1 + proposal
+    former, native = load_target(workload.target), load_checked(workload, capacity)
+    draft = workload.draft.to(native.device, native.dtype)
+    path, where = located(workload.target)
     config = AutoConfig.from_pretrained(path, **where)
-    model = reader(config).from_pretrained(path, config=config, dtype=DTYPES[target.dtype], **where).eval()
+    model = reader(config).from_pretrained(path, config=config, dtype=DTYPES[workload.target.dtype], **where).eval()
     return Subject(
-        settings,
+        workload,
         model.to(native.device),
         former,
         native,
-        prompts,
-        Limits(settings.eval.max_new_tokens, former.info.eos_ids),
         capacity,
         lambda drafted: NativeDraft(draft, native.head.embedding, capacity, drafted),
         PlainHead(draft, native.head.embedding, capacity),
@@ -151,9 +163,9 @@ class _Clock(BaseStreamer):
         self.times.append(time.perf_counter())
 
 
-def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]:
+def sides_of(subject: Subject, chain: int, longer: int, shape: TreeShape) -> dict[str, Side]:
     """All that answers."""
-    chain = subject.settings.eval.chain
+    limits = subject.workload.limits
     former = TargetVerifier(subject.former, subject.capacity)
     native = NativeVerifier(subject.native, subject.capacity)
 
@@ -165,15 +177,15 @@ def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]
             attention_mask=torch.ones_like(ids),
             streamer=clock,
             do_sample=False,
-            max_new_tokens=subject.limits.max_new_tokens,
-            eos_token_id=list(subject.limits.end_ids),
+            max_new_tokens=limits.max_new_tokens,
+            eos_token_id=list(limits.end_ids),
             pad_token_id=0,
         )
         return Answered(said[0, len(prompt) :].tolist(), clock.times[-1] - clock.times[1], [], [])
 
     def decoded(verifier: Verifier, drafter: Drafter | None) -> Side:
         def answer(prompt: list[int]) -> Answered:
-            found = decode(prompt, verifier, drafter, subject.limits, Sampling())
+            found = decode(prompt, verifier, drafter, limits, Sampling())
             accepted, drafted = ([getattr(entry, name) for entry in found.rounds] for name in ("accepted", "drafted"))
             return Answered(found.ids, found.total_s - found.ttft_s, accepted, drafted)
 
@@ -194,20 +206,23 @@ def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]
 
 def measure(subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace) -> list[dict[str, object]]:
     """Print what there is to say, line by line; returns the lines of a results file."""
-    sides = sides_of(subject, longer, shape)
-    info, chain = subject.native.info, subject.settings.eval.chain
+    info, chain, prompts = subject.native.info, asked.chain, subject.workload.prompts
+    sides = sides_of(subject, chain, longer, shape)
     print(f"{info.name}, {info.dtype}, {subject.native.device}, {torch.get_num_threads()} threads", end="; ")
-    print(f"{len(subject.prompts)} test prompts of {asked.run}, T=0, batch 1; chain of {chain}", flush=True)
+    print(f"{len(prompts)} test prompts of {asked.run}, T=0, batch 1; chain of {chain}", flush=True)
     for side in sides.values():
-        side(subject.prompts[0])
-    rounds = [_round(subject, sides) for _ in range(asked.rounds)]
+        side(prompts[0])
+    rounds = []
+    for number in range(asked.rounds):
+        print(f"decoding: round {number + 1} of {asked.rounds}", file=sys.stderr, flush=True)
+        rounds.append(_round(prompts, sides))
     speeds = {name: [_speed(found[name]) for found in rounds] for name in sides}
     answers, plain = rounds[0], rounds[0][PLAIN]
     print(f"  {'':<28} {'TPS/user':>8} {'ms a round':>11} {'AL':>6} {'drafted':>8} {'accepted':>9}  as plain")
     for name in sides:
         speed = statistics.median(speeds[name])
         print(f"  {name:<28} {speed:8.1f} {_described(answers[name], plain, speed)}", flush=True)
-    shown = f"{info.name}, {info.dtype}, {len(subject.prompts)} prompts, chain {chain}, T=0, batch 1, {asked.run}"
+    shown = f"{info.name}, {info.dtype}, {len(prompts)} prompts, chain {chain}, T=0, batch 1, {asked.run}"
     results = list[dict[str, object]]()
     for name, reference, limit in LIMITS:
         ratios = [ours / theirs for ours, theirs in zip(speeds[name], speeds[reference], strict=True)]
@@ -220,9 +235,9 @@ def measure(subject: Subject, longer: int, shape: TreeShape, asked: argparse.Nam
     return results
 
 
-def _round(subject: Subject, sides: dict[str, Side]) -> dict[str, list[Answered]]:
+def _round(prompts: Sequence[list[int]], sides: dict[str, Side]) -> dict[str, list[Answered]]:
     found: dict[str, list[Answered]] = {name: [] for name in sides}
-    for number, prompt in enumerate(subject.prompts):
+    for number, prompt in enumerate(prompts):
         names = list(sides)
         start = number % len(names)  # so that no side is always the first behind another
         for name in names[start:] + names[:start]:
@@ -251,7 +266,8 @@ def _described(answers: Sequence[Answered], plain: Sequence[Answered], speed: fl
 def _insides(
     subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace, shown: str
 ) -> list[dict[str, object]]:
-    chain, results = subject.settings.eval.chain, list[dict[str, object]]()
+    chain, results = asked.chain, list[dict[str, object]]()
+    workload = subject.workload
     drafters: dict[str, tuple[Callable[[Head], Drafter], int]] = {
         CHAIN: (lambda head: ChainDrafter(head, chain), chain),
         f"native, chain {longer}": (lambda head: ChainDrafter(head, longer), longer),
@@ -260,7 +276,7 @@ def _insides(
     for name, (drafter_of, drafted) in drafters.items():
         head = subject.heads(drafted)
         turns = [
-            inside(subject.native, head, drafter_of, subject.prompts, subject.limits, subject.capacity)
+            inside(subject.native, head, drafter_of, workload.prompts, workload.limits, subject.capacity)
             for _ in range(asked.rounds)
         ]
         other = statistics.median(turn.other for turn in turns)

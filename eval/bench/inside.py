@@ -17,11 +17,18 @@ from ..drafters import Head
 from ..speculate import Drafter, Limits, NativeVerifier, Sampling, decode
 
 
+def now() -> float:
+    """Seconds, once a GPU has done what it was asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Timed:
     """Anything, with the seconds of each call of its ``methods`` kept."""
 
-    def __init__(self, inner: Any, device: torch.device, *methods: str) -> None:
-        self._inner, self._device = inner, device
+    def __init__(self, inner: Any, *methods: str) -> None:
+        self._inner = inner
         self.seconds: dict[str, list[float]] = {name: [] for name in methods}
 
     def __getattr__(self, name: str) -> Any:
@@ -30,17 +37,12 @@ class Timed:
             return found
 
         def timed(*arguments: Any) -> Any:
-            started = self._now()
+            started = now()
             returned = found(*arguments)
-            self.seconds[name].append(self._now() - started)
+            self.seconds[name].append(now() - started)
             return returned
 
         return timed
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 class Inside(NamedTuple):
@@ -68,8 +70,8 @@ def inside(
     """Where the time of greedy rounds goes, over all of ``prompts``; to ask a GPU for the time makes it wait."""
     found = list[Inside]()
     for prompt in prompts:
-        timed_target: Any = Timed(target, target.device, "forward", "logits")
-        timed_head: Any = Timed(head, target.device, "extend", "step", "logits")
+        timed_target: Any = Timed(target, "forward", "logits")
+        timed_head: Any = Timed(head, "extend", "step", "logits")
         verifier = NativeVerifier(timed_target, capacity)
         answer = decode(prompt, verifier, drafter_of(timed_head), limits, Sampling())
         verify = sum(sum(calls[1:]) for calls in timed_target.seconds.values())  # the first ones ran over the prompt

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from eagle3.configs.entry import finish
 from eagle3.data.bench import sides
 from eagle3.eval.bench import decoding
 from eagle3.eval.bench.decoding import CHAIN, FORMER, GENERATE, PLAIN
 from eagle3.eval.bench.inside import Inside, Timed
 
-OPTIONS = ["--prompts", "2", "--longer", "4", "--tree", "6", "3", "2", "--rounds", "1"]
+OPTIONS = ["--prompts", "2", "--longer", "4", "--tree", "6", "3", "2", "--rounds", "1", "--only", "decoding"]
 
 
 def test_decoding_is_measured(
@@ -40,6 +39,14 @@ def test_decoding_is_measured(
     assert said.count("2 of 2") == 7  # every side says what plain decoding says
 
 
+def test_a_target_that_the_head_was_not_trained_on_is_refused(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finish(lambda: decoding.main(["--run", str(trained), "--target", "embedded", "--only", "timings"])) == 2
+    said = f"error: --target = embedded: the head in {trained / 'draft'} was trained on another target; give"
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_without_a_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert finish(lambda: decoding.main(["--run", str(tmp_path)])) == 2
     assert f"error: --run = {tmp_path}: it has no head; give a trained run" in capsys.readouterr().err
@@ -53,6 +60,12 @@ def test_a_run_without_a_head_is_refused(tmp_path: Path, capsys: pytest.CaptureF
             '--tree = 3 7 10: "tree 3/7/10" verifies fewer nodes than it has levels; give nodes,',
         ),
         (["--prompts", "0"], "--prompts = 0: it is too small; give at least 1"),
+        (["--chain", "0"], "--chain = 0: it is too small; give at least 1"),
+        (["--threads", "1", "0"], "--threads = 0: this process may use"),
+        (
+            ["--against", "nowhere.json"],
+            "--against = nowhere.json: it cannot be read (No such file or directory); give",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +81,7 @@ def test_calls_are_timed_and_all_else_is_let_through() -> None:
             time.sleep(seconds)
             return 2 * seconds
 
-    timed: Any = Timed(Slow(), torch.device("cpu"), "work")
+    timed: Any = Timed(Slow(), "work")
     assert timed.work(0.01) == 0.02 and timed.work(0.0) == 0.0 and timed.length == 3
     first, second = timed.seconds["work"]
     assert first >= 0.01 > second
