@@ -27,6 +27,8 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
 #: Flags for the machine's own instructions, of which a compiler for another kind of processor knows only the second.
 NATIVE = ("-march=native", "-mcpu=native")
+#: Torch takes no wider vectors than ``ATEN_CPU_CAPABILITY`` says, and neither do these products.
+RESTRICTIONS = {"avx2": ("-mno-avx512f",)}
 COMPILING_S = 120
 CPUINFO = Path("/proc/cpuinfo")
 P, N = c_void_p, c_int64
@@ -64,9 +66,10 @@ def load_library() -> Library:
     except (OSError, subprocess.SubprocessError) as error:
         raise Unavailable(f"{compiler} --version: {_shown(error)}") from error
     version = said.stdout.partition("\n")[0].strip()
-    path = _folder() / f"products-{_key(compiler, version)}.so"
+    flags = (*FLAGS, *RESTRICTIONS.get(os.environ.get("ATEN_CPU_CAPABILITY", "").lower(), ()))
+    path = _folder() / f"products-{_key(compiler, version, flags)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        _compile(compiler, flags, path)
     try:
         functions = ctypes.CDLL(str(path))
     except OSError as error:
@@ -86,13 +89,13 @@ def _compiler() -> str:
     raise Unavailable("no C++ compiler was found (CXX, c++, g++, clang++)")
 
 
-def _compile(compiler: str, path: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Write ``path``, which another process may be writing too, in one go."""
     errors = []
     for native in NATIVE:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, native, str(SOURCE), "-o", str(made)]
+            command = [compiler, native, *flags, str(SOURCE), "-o", str(made)]
             try:
                 subprocess.run(command, capture_output=True, text=True, timeout=COMPILING_S, check=True)
             except (OSError, subprocess.SubprocessError) as error:
@@ -121,8 +124,8 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="eagle3-kernels-"))
 
 
-def _key(compiler: str, version: str) -> str:
+def _key(compiler: str, version: str, flags: tuple[str, ...]) -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    described = [SOURCE.read_text(), compiler, version, *FLAGS, *NATIVE, platform.machine(), *processor]
+    described = [SOURCE.read_text(), compiler, version, *flags, *NATIVE, platform.machine(), *processor]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]

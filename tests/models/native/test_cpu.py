@@ -202,9 +202,9 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     made = list[Path]()
     real = library._compile
 
-    def compiled(compiler: str, path: Path) -> None:
+    def compiled(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         made.append(path)
-        path.write_bytes(b"half a library") if len(made) == 1 else real(compiler, path)
+        path.write_bytes(b"half a library") if len(made) == 1 else real(compiler, flags, path)
 
     monkeypatch.setattr(library, "_compile", compiled)
     try:
@@ -215,6 +215,19 @@ def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             load_library.cache_clear()
             load_library()
         assert len(made) == 2 and made[1].exists()
+    finally:
+        load_library.cache_clear()
+
+
+def test_vectors_are_no_wider_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    load_library.cache_clear()
+    try:
+        assert load_library().isa != "AVX-512"
+        compiled, plain = ways(config())
+        x, weight = torch.randn(7, 33), torch.randn(33, 65)
+        compiled.prepare([weight])
+        assert_close(compiled.linear(x, weight), plain.linear(x, weight), 1e-5)
     finally:
         load_library.cache_clear()
 
