@@ -119,7 +119,7 @@ def read_subject(run: Path, count: int, proposal: int) -> Subject:
     former = load_target(target)
     chosen = [c for c in read_conversations(run / "conversations" / "prompts.jsonl") if c.split == "test"]
     prompts = [prompt_ids(former.tokenizer, conversation) for conversation in itertools.islice(deal(chosen), count)]
-    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + 1 + max(settings.eval.chain, proposal)
+    capacity = max(map(len, prompts)) + settings.eval.max_new_tokens + 1 + max(settings.eval.fixed_chain, proposal)
     native = load_native(target, capacity)
     draft = load_draft(run / "draft").to(native.device, native.dtype).eval()
     path, where = located(target)
@@ -153,7 +153,7 @@ class _Clock(BaseStreamer):
 
 def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]:
     """All that answers."""
-    chain = subject.settings.eval.chain
+    chain = subject.settings.eval.fixed_chain
     former = TargetVerifier(subject.former, subject.capacity)
     native = NativeVerifier(subject.native, subject.capacity)
 
@@ -195,7 +195,7 @@ def sides_of(subject: Subject, longer: int, shape: TreeShape) -> dict[str, Side]
 def measure(subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace) -> list[dict[str, object]]:
     """Print what there is to say, line by line; returns the lines of a results file."""
     sides = sides_of(subject, longer, shape)
-    info, chain = subject.native.info, subject.settings.eval.chain
+    info, chain = subject.native.info, subject.settings.eval.fixed_chain
     print(f"{info.name}, {info.dtype}, {subject.native.device}, {torch.get_num_threads()} threads", end="; ")
     print(f"{len(subject.prompts)} test prompts of {asked.run}, T=0, batch 1; chain of {chain}", flush=True)
     for side in sides.values():
@@ -251,7 +251,7 @@ def _described(answers: Sequence[Answered], plain: Sequence[Answered], speed: fl
 def _insides(
     subject: Subject, longer: int, shape: TreeShape, asked: argparse.Namespace, shown: str
 ) -> list[dict[str, object]]:
-    chain, results = subject.settings.eval.chain, list[dict[str, object]]()
+    chain, results = subject.settings.eval.fixed_chain, list[dict[str, object]]()
     drafters: dict[str, tuple[Callable[[Head], Drafter], int]] = {
         CHAIN: (lambda head: ChainDrafter(head, chain), chain),
         f"native, chain {longer}": (lambda head: ChainDrafter(head, longer), longer),
