@@ -158,7 +158,8 @@ def rising(values: Sequence[float]) -> list[float]:
     for value in values:
         pools.append([value])
         while len(pools) > 1 and statistics.mean(pools[-2]) > statistics.mean(pools[-1]):
-            pools[-2] += pools.pop()
+            last = pools.pop()
+            pools[-1].extend(last)
     return [statistics.mean(pool) for pool in pools for _ in pool]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .conclusion import elsewhere, gains, slower
+from .conclusion import elsewhere, formula, gains, slower
 from .headlines import drafted, drafting_of, has_beside
 from .tables import (
     BESIDE,
@@ -31,7 +31,7 @@ def render_markdown(report: Json) -> str:
         f"# Draft report: {report['run']}",
         f"Measured with: {conditions(report)}. Intervals: 95%, bootstrap over prompts.",
         gains(report),
-        elsewhere(report),
+        f"{said} {formula()}" if (said := elsewhere(report)) else "",
         "\n".join(f"- **Warning**: {warning}" for warning in report["warnings"]),
         "## Results",
         markdown_table(*result_rows(report)),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..configs.drafting import FIXED, PLAIN
 from . import plots
 from .answers import SHOWN, render_answers
-from .conclusion import elsewhere, gains, slower
+from .conclusion import elsewhere, formula, gains, slower
 from .headlines import drafted, drafting_of, has_beside, main_results, overall
 from .markdown import described, simulated_sentence
 from .style import STYLE
@@ -77,11 +77,16 @@ def _headline(report: Json) -> str:
     return (
         f'<header><p class="kicker">EAGLE-3 draft report</p><h1>{escape(report["run"])}</h1>'
         f'<p class="lead">{escape(lead(report))}</p>'
-        f'<p class="note">{escape(elsewhere(report))}</p>'
-        f'<p class="note">{escape(_subject(report))} Measured with: {escape(conditions(report))}. '
+        + _elsewhere(report)
+        + f'<p class="note">{escape(_subject(report))} Measured with: {escape(conditions(report))}. '
         "Intervals are 95%.</p>"
         f'</header><div class="cards">{cards}</div>{box}'
     )
+
+
+def _elsewhere(report: Json) -> str:
+    said = elsewhere(report)
+    return f"<p>{escape(said)}</p><p class='note'>{escape(formula())}</p>" if said else ""
 
 
 def lead(report: Json) -> str:
