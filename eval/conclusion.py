@@ -30,7 +30,7 @@ def gains(report: Json) -> str:
 
 
 def elsewhere(report: Json) -> str:
-    """What the same acceptance would be worth on the flagship's target at most, by bytes alone; "" without any."""
+    """What the acceptance of the longest chain would be worth on the flagship's target, by bytes alone; "" without any."""
     head = maverick_head()
     found = [(e, gain(e["acceptance_by_position"], MAVERICK, head)) for e in map(_longest, _temperatures(report)) if e]
     if not found:

@@ -48,8 +48,8 @@ def overall(report: Json) -> list[Json]:
 
 
 def compared(report: Json) -> list[Json]:
-    """The same of what compares between runs: of the fixed chain, where the main drafting was chosen."""
-    return [_fixed(report, entry) if is_chosen(entry) else entry for entry in overall(report)]
+    """The same of what compares between runs: where the main drafting was chosen, of the fixed chain, as though it were it."""
+    return [_fixed(report, e) | {"headline": "fixed"} if is_chosen(e) else e for e in overall(report)]
 
 
 def drafted_results(report: Json) -> list[Json]:

@@ -124,7 +124,7 @@ def summary_table(report: Json) -> str:
     ]
     if has_beside(report):
         slow = slower(report)
-        table = text_table(*draftings_rows(report, without=("TPS/user",)))
+        table = text_table(*draftings_rows(report, without=("TPS/user", "drafted")))
         parts.append("\n".join([table, textwrap.fill(slow, WIDTH)] if slow else [table]))
     parts.append("\n".join(f"warning: {warning}" for warning in report["warnings"]))
     return "\n\n".join(part for part in parts if part)

@@ -105,6 +105,8 @@ def drafting(entry: Json) -> str:
 
 def drafting_name(entry: Json) -> str:
     """The same as short as in a recipe."""
+    if is_plain(entry):
+        return "no chain pays"
     return drafting_of(entry).name + (" (chosen)" if is_chosen(entry) else "")
 
 
