@@ -1,15 +1,17 @@
 """The chain that pays: chosen at each temperature, by measurement, before the test prompts are answered (``eval.chain: auto``).
 
-    calibrate({0.0: requests}, verifier, drafters, limits, target.device)    # what calibration.json holds
-    best_chain([1.3, 1.5, 1.4])                                              # 2; 0: plain decoding is the fastest
+    clock = clock_of(target.device, alone=True)
+    calibrate({0.0: requests}, verifier, drafters, limits, clock)    # what calibration.json holds
+    best_chain([1.3, 1.5, 1.4])                                      # 2; 0: plain decoding is the fastest
 
 A round of a chain of k tokens emits E(k) = 1 + sum over i <= k of P(accepted >= i) tokens on average, so that it is
 E(k) * (time of a plain token) / (time of the round) times as fast as plain decoding. P does not depend on k, as the same
 tokens are drafted first: one pass with the longest chain says all of it. Times are those of whole rounds, with everything
 that belongs to one: drafting, verification, what is decided, and the accepted tokens' rows in the head. Chains of all
 lengths and plain tokens take turns along the same answers, in an order that is drawn anew for each turn, so that whatever
-else the machine does falls on all. Of each the lower quartile counts, which interruptions hardly move where a median is
-interrupted half of the time; and since no longer chain takes less, times that say so are averaged (isotonic regression).
+else the machine does falls on all, and of each the median counts; where one thread computes, its own time is taken, which
+does not pass while another process has the core. Since no longer chain takes less, times that say so are averaged (isotonic
+regression).
 
 Validation prompts are answered and never test prompts. ``eval/calibration.json`` holds what was found, and is written before
 the first answer to a test prompt; an evaluation that is resumed reads it:
@@ -28,7 +30,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ from ..configs.errors import UserError
 from .speculate import Drafter, Limits, Sampling, Verifier, decode
 
 Json = dict[str, Any]
+Clock = Callable[[], float]
 FILE = "calibration.json"
 PROMPTS, TOKENS = 8, 48  # how many validation prompts are answered, and how far
 TURNS = 24  # rounds of each chain that are timed
@@ -71,7 +74,7 @@ def calibrate(
     verifier: Verifier,
     drafters: Sequence[Drafter],
     limits: Limits,
-    device: torch.device,
+    clock: Clock,
 ) -> Json:
     """What calibration.json holds.
 
@@ -80,7 +83,7 @@ def calibrate(
         verifier: the target's, which all processes that hold it have.
         drafters: chains of 1, 2, ... tokens that share one head, so that each goes on where another was.
         limits: of the answers to the test prompts.
-        device: of the target.
+        clock: of :func:`clock_of`.
     """
     limits = limits._replace(max_new_tokens=min(TOKENS, limits.max_new_tokens))
     entries = []
@@ -89,7 +92,7 @@ def calibrate(
         if not counted.rounds:
             unmeasured = [{"temperature": each, "chain": FIXED} for each in requests]
             return {"schema": 1, "measured": False, "prompts": 0, "tokens": 0, "temperatures": unmeasured}
-        timed = costs(asked, verifier, drafters, limits.max_new_tokens, device)
+        timed = costs(asked, verifier, drafters, limits.max_new_tokens, clock)
         entries.append(described(temperature, counted, timed))
     prompts = max(map(len, requests.values()))
     tokens = limits.max_new_tokens
@@ -113,7 +116,7 @@ def costs(
     verifier: Verifier,
     drafters: Sequence[Drafter],
     tokens: int,
-    device: torch.device,
+    clock: Clock,
     turns: int = TURNS,
 ) -> Timed:
     """What a plain token and a round of each chain take.
@@ -123,7 +126,7 @@ def costs(
         verifier: the target's.
         drafters: as for :func:`calibrate`.
         tokens: of an answer, 2 or more.
-        device: of the target, whose work is waited for.
+        clock: as for :func:`calibrate`.
         turns: rounds of each chain that count; one more is made first, to warm up.
     """
     drawn = random.Random(0)
@@ -139,13 +142,13 @@ def costs(
         left = tokens - 1
         while left > 0:
             if (length := next(lengths, None)) is None:
-                token, *rounds = rising([statistics.quantiles(found[1:], n=4)[0] for found in seconds])
+                token, *rounds = rising([statistics.median(found[1:]) for found in seconds])
                 return Timed(token, rounds)
-            started = _now(device)
+            started = clock()
             verdict = verifier.verify(drafters[length - 1].propose() if length else None)
             if length:
                 head.update(verdict)
-            seconds[length].append(_now(device) - started)
+            seconds[length].append(clock() - started)
             if not length:  # plain decoding needs no head, but the next round does
                 head.update(verdict)
             left -= len(verdict.tokens)
@@ -163,11 +166,19 @@ def rising(values: Sequence[float]) -> list[float]:
     return [statistics.mean(pool) for pool in pools for _ in pool]
 
 
-def _now(device: torch.device) -> float:
-    """The time at which all that the device was given to do is done."""
+def clock_of(device: torch.device, alone: bool) -> Clock:
+    """Seconds in which a device computes: a GPU's work is waited for, and of one thread only its own time counts.
+
+    ``alone``: no other process computes with this one, for which it would wait without its time passing.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+
+        def waited() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return waited
+    return time.thread_time if alone and torch.get_num_threads() == 1 else time.perf_counter
 
 
 def expected_speedups(by_position: Sequence[float], timed: Timed) -> list[float]:

@@ -154,7 +154,8 @@ def _calibrate(
 ) -> dict[str, Any]:
     """Choose a chain for each temperature; of a group all decode, and the first chooses and writes."""
     chains = [bench.drafters[drafting.name] for drafting in candidates(())]
-    found = calibrating.calibrate(requests, bench.verifier, chains, bench.limits, bench.target.device)
+    clock = calibrating.clock_of(bench.target.device, alone=group is None)
+    found = calibrating.calibrate(requests, bench.verifier, chains, bench.limits, clock)
 
     def write() -> dict[str, Any]:
         plan.stage.begin()

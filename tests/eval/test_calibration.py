@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,17 @@ from eagle3.configs.settings import EvalSettings, Settings
 from eagle3.data.conversations import Conversation
 from eagle3.data.files import encode_line
 from eagle3.eval import calibration, stage
-from eagle3.eval.calibration import Counted, Request, Timed, best_chain, costs, described, expected_speedups, rising
+from eagle3.eval.calibration import (
+    Counted,
+    Request,
+    Timed,
+    best_chain,
+    clock_of,
+    costs,
+    described,
+    expected_speedups,
+    rising,
+)
 from eagle3.eval.report import write_report
 from eagle3.eval.sampling import Proposal
 from eagle3.eval.speculate import Sampling, Verdict
@@ -81,14 +92,14 @@ def test_costs_never_fall_with_the_length(values: list[float], expected: list[fl
 class Machine:
     """Target, head and clock in one: a token takes 10 s, each drafted one 1 s more, and a draft step 2 s.
 
-    It stalls for 1000 s every 7th time.
+    It stalls for 1000 s every 11th time.
     """
 
     def __init__(self) -> None:
         self.time, self.verified, self.length = 0.0, list[int](), 0
         self.taken_in = 0
 
-    def perf_counter(self) -> float:
+    def clock(self) -> float:
         return self.time
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
@@ -101,7 +112,7 @@ class Machine:
         assert self.taken_in == self.length  # no gaps in the head's rows
         count = 0 if proposal is None else len(proposal.tokens)
         self.verified.append(count)
-        self.time += 10 + count + (1000 if len(self.verified) % 7 == 0 else 0)
+        self.time += 10 + count + (1000 if len(self.verified) % 11 == 0 else 0)
         self.length += 1
         return Verdict([7], torch.empty(0))
 
@@ -123,16 +134,27 @@ class Chain:
         return Proposal(torch.zeros(self.length, dtype=torch.long))
 
 
-def test_costs_are_those_of_rounds_whatever_else_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_those_of_rounds_whatever_else_the_machine_does() -> None:
     machine = Machine()
-    monkeypatch.setattr(calibration.time, "perf_counter", machine.perf_counter)
     chains: list[Any] = [Chain(machine, length) for length in range(1, 5)]
     requests = [Request([1, 2], Sampling()), Request([1, 2, 3], Sampling())]
     verifier: Any = machine
-    timed = costs(requests, verifier, chains, tokens=6, device=CPU, turns=8)
+    timed = costs(requests, verifier, chains, tokens=6, clock=machine.clock, turns=9)
     assert timed == (10, [10 + 3 * length for length in range(1, 5)])
     turns = [sorted(machine.verified[at : at + 5]) for at in range(0, len(machine.verified), 5)]
-    assert turns == [[0, 1, 2, 3, 4]] * 9
+    assert turns == [[0, 1, 2, 3, 4]] * 10
+
+
+def test_the_clock_is_that_of_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This thread's own where it computes alone: it stands still while another process has the core."""
+    assert clock_of(CPU, alone=True) is time.thread_time
+    assert clock_of(CPU, alone=False) is time.perf_counter
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clock_of(CPU, alone=True) is time.perf_counter
+    waited = list[Any]()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    gpu = torch.device("cuda", 1)
+    assert clock_of(gpu, alone=True)() > 0 and waited == [gpu]
 
 
 # --- in the stage
