@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from .drafting import chain, parse
+from .drafting import AUTO, chain, parse
 from .errors import UserError
 from .settings import EvalSettings, Settings
 
@@ -90,7 +90,7 @@ LIMITS = {
     "train.patience": _least(1),
     "train.keep_checkpoints": _least(1),
     "eval.tensor_parallel": _least(1),
-    "eval.chain": _least(1),
+    "eval.chain": Limit(lambda value, bound: value == AUTO or value >= bound, 1, f"1 or more, or {AUTO}"),
     "eval.temperatures": NOT_NEGATIVE,
     "eval.prompts": _least(1),
     "eval.max_new_tokens": _least(1),
@@ -163,7 +163,9 @@ def _check_endpoints(name: str, endpoints: tuple[str, ...]) -> None:
 
 
 def _check_draftings(chosen: EvalSettings) -> None:
-    shown, seen = _listed(chosen.beside), {chain(chosen.chain)}
+    # A chain that is chosen may be one of those beside it, and is then measured once.
+    fixed = {chain(chosen.chain)} if isinstance(chosen.chain, int) else set()
+    shown, seen = _listed(chosen.beside), set(fixed)
     for name in chosen.beside:
         try:
             drafting = parse(name)
@@ -174,7 +176,7 @@ def _check_draftings(chosen: EvalSettings) -> None:
             problem = f"transformers (eval.engine) cannot verify a {drafting.name}"
             raise UserError("eval.beside", shown, problem, "leave trees out, or set eval.engine=native")
         if drafting in seen:
-            problem = f"{drafting.name} stands twice, eval.chain = {chosen.chain} counted"
+            problem = f"{drafting.name} stands twice" + (f", eval.chain = {chosen.chain} counted" if fixed else "")
             raise UserError("eval.beside", shown, problem, "give each once")
         seen.add(drafting)
 

@@ -3,7 +3,7 @@
     settings = load("configs/tiny.yaml", ["train.epochs=8", "target.layers=1,7,12"])
 
 A value must have the type that its dataclass field declares: ``true`` is no number, ``1e-3`` is one although YAML
-calls it a text, and ``null`` is for fields that may be None. On the command line a text needs no quotes, a list no
+calls it a text, ``null`` is for fields that may be None, and a field may know words beside its type (``auto``). On the command line a text needs no quotes, a list no
 brackets.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import MISSING, asdict, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -30,6 +30,14 @@ from .settings import Settings
 
 RECIPES = Path(__file__).parent
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+
+
+class Kind(NamedTuple):
+    """What a field's type allows: ``type``, None where ``nullable``, and ``words``."""
+
+    type: Any
+    nullable: bool
+    words: tuple[str, ...]
 
 
 class SettingHelp(NamedTuple):
@@ -203,12 +211,12 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def _from_text(name: str, typed: str, kind: Any) -> Any:
     """A value from the command line: a text as it stands, all else as YAML would read it."""
-    if isinstance(kind, UnionType) and typed in ("null", "none", "None"):
+    required, nullable, words = _kind(kind)
+    if nullable and typed in ("null", "none", "None"):
         return None
-    kind = _required(kind)
-    if kind is str:
+    if required is str or typed in words:
         return typed
-    text = f"[{typed.strip('[]()')}]" if get_origin(kind) is tuple else typed
+    text = f"[{typed.strip('[]()')}]" if get_origin(required) is tuple else typed
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
@@ -218,10 +226,9 @@ def _from_text(name: str, typed: str, kind: Any) -> Any:
 
 def _convert(name: str, value: Any, kind: Any, typed: str = "") -> Any:
     """``value`` as ``kind``, a field's type; raises :class:`UserError` if it is something else, showing what was typed."""
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
-        kind = _required(kind)
+    kind, nullable, words = _kind(kind)
+    if (value is None and nullable) or (isinstance(value, str) and value in words):
+        return value
     if get_origin(kind) is tuple:
         return _convert_list(name, value, get_args(kind), typed)
     if kind is float and isinstance(value, str):
@@ -229,7 +236,7 @@ def _convert(name: str, value: Any, kind: Any, typed: str = "") -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        remedy = f"give {WORDS[kind]}" + (", in quotes" if kind is str else "")
+        remedy = f"give {WORDS[kind]}" + (", in quotes" if kind is str else "") + "".join(f", or {w}" for w in words)
         raise UserError(name, typed or _show(value), f"it is {_called(value)}", remedy)
     return value
 
@@ -243,9 +250,12 @@ def _convert_list(name: str, value: Any, kinds: tuple[Any, ...], typed: str) -> 
     return tuple(_convert(name, item, inner, typed or _show(value)) for item in value)
 
 
-def _required(kind: Any) -> Any:
-    """The type without None."""
-    return next(option for option in get_args(kind) if option is not NoneType) if isinstance(kind, UnionType) else kind
+def _kind(declared: Any) -> Kind:
+    """A field's type, taken apart."""
+    options = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    words = tuple(word for option in options if get_origin(option) is Literal for word in get_args(option))
+    required = next(option for option in options if option is not NoneType and get_origin(option) is not Literal)
+    return Kind(required, NoneType in options, words)
 
 
 def _number(text: str) -> float | str:

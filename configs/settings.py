@@ -7,6 +7,9 @@ The text under a field is its ``--help``. A setting has one default, here, and n
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from .drafting import FIXED
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,10 @@ class EvalSettings:
     tensor_parallel: int = 1
     """Processes that hold target and draft together in the native engine, each with its part of every matrix: as many as
     torchrun --nproc-per-node starts. 1: one process holds all, on one GPU, or with transformers over all that it sees."""
-    chain: int = 5
-    """Drafted tokens per round: the main drafting, of which headlines, sources and examples are shown."""
+    chain: int | Literal["auto"] = "auto"
+    """Drafted tokens per round: the main drafting, of which headlines, sources and examples are shown. auto: at each
+    temperature the fastest of chains up to 8 and plain decoding, by acceptance and the time of a round, both measured on
+    validation prompts; a chain of 5 stands beside it, for comparison between runs."""
     beside: tuple[str, ...] = ()
     """Further draftings that answer the same prompts beside it: "chain K", or EAGLE-2's "tree TOTAL/DEPTH/TOP_K" (nodes that
     are verified, levels, children of a node), such as chain 7, tree 60/7/10. Default: none."""
@@ -225,6 +230,11 @@ class EvalSettings:
     """Drafting at T > 0: sampled (rejection sampling) or greedy (vLLM's default). T = 0 is always greedy."""
     dtype: str = "float32"
     """Numerics of target and draft while decoding."""
+
+    @property
+    def fixed_chain(self) -> int:
+        """Drafted tokens per round where they must not depend on a machine: in training, in exports, between runs."""
+        return self.chain if isinstance(self.chain, int) else FIXED
 
 
 @dataclass(frozen=True)

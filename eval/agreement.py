@@ -2,7 +2,7 @@
 
     proposal = agreed(group, proposal)                                   # the tokens that rank 0 drafted
     rows, tokens = decided(group, len(proposal.tokens), judge)           # what rank 0 judges of them
-    done = led(group, lambda: resume(path, 3))                           # what rank 0 finds, or the end of all
+    done = led(group, lambda: resume(path, sizes))                       # what rank 0 finds, or the end of all
     if stopping(group, stop):                                            # one of them was asked to
 
 Each process drafts, and each has all logits. They should be the same, but a float that differs in its last bit between two

@@ -59,6 +59,7 @@ def _answer(trace: Trace, baseline: Trace) -> str:
     ended = "ended by itself" if trace.finish == "stop" else "cut at the limit"
     facts = [
         temperature_name(trace.temperature),
+        str(trace.drafting),
         f"{len(trace.ids)} tokens in {rounds} round{'' if rounds == 1 else 's'}",
         f"AL {number(length(trace))}",
         f"{times(speed([trace, baseline]).speedup.json)} as fast",

@@ -20,6 +20,7 @@ from ..models.engines import FLAGS
 from ..models.formats import FORMATS, Origin
 from ..models.target import location
 from . import tables
+from .headlines import compared, drafting_of, is_plain, overall
 
 CARD = "README.md"
 ACCEPTANCE = "acceptance_length"
@@ -104,7 +105,7 @@ def _index(title: str, report: dict[str, Any] | None) -> dict[str, Any]:
     """The ``model-index`` of a front matter, as the hub reads it."""
     if report is None:
         return {}
-    entries = tables.overall(report)
+    entries = _measured(report)
     metrics = [
         {
             "type": ACCEPTANCE,
@@ -146,16 +147,24 @@ def _report(run: Path, weights: str) -> dict[str, Any] | None:
     return found if found and found["draft"]["weights_sha256"] == weights else None
 
 
+def _measured(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the main draftings gained over all prompts, and the fixed chain where others were chosen."""
+    found = [entry for pair in zip(overall(report), compared(report), strict=True) for entry in pair]
+    once = {(entry["temperature"], drafting_of(entry)): entry for entry in reversed(found) if not is_plain(entry)}
+    return list(reversed(once.values()))
+
+
 def _gains(report: dict[str, Any]) -> str:
     rows = [
         [
             f"{entry['temperature']:g}",
+            tables.drafting_name(entry),
             tables.length_of(entry),
             tables.length_of(entry["without_repeats"]),
             " ".join(tables.percent(share) for share in entry["acceptance_by_position"]),
             tables.speedup_of(entry),
         ]
-        for entry in tables.overall(report)
+        for entry in _measured(report)
     ]
-    header = ["T", "acceptance length", "without repeats", "by position", "speed-up"]
+    header = ["T", "drafting", "acceptance length", "without repeats", "by position", "speed-up"]
     return f"Measured with {tables.conditions(report)}.\n\n{tables.markdown_table(header, rows)}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .tables import drafting_of, is_main, length_of, percent, temperature_name
+from .headlines import drafting_of, is_main
+from .tables import length_of, percent, temperature_name
 
 SAME = 0.01  # by which an acceptance length over the same greedy answers may differ
 REPEATING = 0.2  # share of repeated 8-grams from which on a report warns
@@ -34,13 +35,13 @@ def warnings(found: Sequence[Json]) -> list[str]:
 def cautions(found: Sequence[Json]) -> list[str]:
     """What is no error, but must be known before figures over all prompts are quoted.
 
-    Repeats are told of the main drafting: the others answer the same prompts, and repeat as much.
+    Of the main drafting: the others answer the same prompts, and repeat as much; how slow they are is for comparison.
     """
     said = []
     for entry in found:
-        if entry["category"] is not None:
+        if entry["category"] is not None or not is_main(entry, found):
             continue
-        if entry["repeated_ngram_rate"] > REPEATING and is_main(entry, found):
+        if entry["repeated_ngram_rate"] > REPEATING:
             share = percent(entry["repeated_ngram_rate"])
             said.append(
                 f"{_where(entry)}: {share} of the 8-grams repeat an earlier one of their answer; "

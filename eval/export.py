@@ -55,7 +55,7 @@ def read_head(run: Path) -> Head:
         raise UserError("RUN", run, "it has no head yet", "run `eagle3 train` first, to its end")
     settings, config = load(run / "config.yaml"), read_config(run / "draft" / CONFIG)
     draft = load_draft(run / "draft")
-    origin = Origin(config[PROVENANCE], config["eagle3_training"], settings.eval.chain)
+    origin = Origin(config[PROVENANCE], config["eagle3_training"], settings.eval.fixed_chain)
     return Head(settings, draft, DTYPES[config["dtype"]], origin)
 
 

@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points joined by a line, with its name at its end. ``strength`` fades a line of a family; 1 is full."""
+    """Points joined by a line (or not), with its name at its end. ``strength`` fades a line of a family; 1 is full."""
 
     label: str
     points: Sequence[Point]
@@ -39,6 +39,7 @@ class Series(NamedTuple):
     markers: bool = True
     dashed: bool = False
     strength: float = 1.0
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,8 @@ def _line(entry: Series, across: Scale, up: Scale, shift: float) -> str:
     path = " ".join(f"{across(point.x) + shift:.1f},{up(point.y):.1f}" for point in entry.points)
     dashes = ' stroke-dasharray="5 4"' if entry.dashed else ""
     parts = [f'<g class="{_class(entry.colour)}" opacity="{entry.strength:.2f}">']
-    parts.append(f'<polyline class="line" points="{path}"{dashes}/>')
+    if entry.joined:
+        parts.append(f'<polyline class="line" points="{path}"{dashes}/>')
     for point in entry.points if entry.markers else ():
         x = across(point.x) + shift
         whisker = ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .conclusion import elsewhere, formula, gains, slower
+from .headlines import drafted, drafting_of, has_beside
 from .tables import (
     BESIDE,
     DEFINITIONS,
@@ -11,11 +13,9 @@ from .tables import (
     NONE,
     conditions,
     draftings_rows,
-    has_beside,
     interval,
     markdown_table,
     number,
-    overall,
     percent,
     result_rows,
     temperature_name,
@@ -30,6 +30,8 @@ def render_markdown(report: Json) -> str:
     parts = [
         f"# Draft report: {report['run']}",
         f"Measured with: {conditions(report)}. Intervals: 95%, bootstrap over prompts.",
+        gains(report),
+        f"{said} {formula()}" if (said := elsewhere(report)) else "",
         "\n".join(f"- **Warning**: {warning}" for warning in report["warnings"]),
         "## Results",
         markdown_table(*result_rows(report)),
@@ -76,11 +78,12 @@ def _simulated(report: Json) -> str:
 def _beside(report: Json) -> str:
     if not has_beside(report):
         return ""
-    return "\n\n".join([f"## {BESIDE}", HOW_TO_READ_COST, markdown_table(*draftings_rows(report))])
+    parts = [f"## {BESIDE}", HOW_TO_READ_COST, markdown_table(*draftings_rows(report)), slower(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _positions(report: Json) -> str:
-    entries = [(temperature_name(entry["temperature"]), entry) for entry in overall(report)]
+    entries = [(f"{temperature_name(e['temperature'])}, {drafting_of(e).name}", e) for e in drafted(report)]
     sides = [
         (name, e)
         for name, entry in entries

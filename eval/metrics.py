@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..configs.drafting import Drafting, named
+from ..configs.drafting import PLAIN, Drafting, chosen, named
 from .traces import BASELINE, SPECULATIVE, Round, Trace
 
 RESAMPLES = 2000
@@ -173,27 +173,36 @@ def losslessness(traces: Sequence[Trace]) -> dict[str, Any] | None:
 def results(traces: Sequence[Trace], evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """The ``results`` of report.json: per temperature and drafting all prompts (category None), then each source.
 
-    At every temperature the main drafting comes first.
+    At every temperature the main drafting comes first. Its ``headline`` is "chosen" if it was chosen by measurement, else
+    "fixed"; that of the others is None. Where no chain pays, it is plain decoding, set against itself.
 
     Args:
         traces: all of a run's.
         evaluation: its eval.json.
     """
     found = []
+    calibration = evaluation.get("calibration")
+    how = "chosen" if calibration and calibration["measured"] else "fixed"
     for temperature in sorted({trace.temperature for trace in traces}):
         warm = [trace for trace in traces if trace.temperature == temperature]
-        for drafting in draftings(evaluation):
+        for number, drafting in enumerate(draftings(evaluation, temperature)):
             its = [trace for trace in warm if trace.drafting in (None, drafting.name)]
+            if drafting == PLAIN:
+                its += [replace(trace, mode=SPECULATIVE) for trace in its]
             for source in [None, *sorted({trace.source for trace in warm})]:
-                chosen = [trace for trace in its if source in (None, trace.source)]
-                found.append(_result(chosen, evaluation, temperature, drafting, source))
+                of_source = [trace for trace in its if source in (None, trace.source)]
+                headline = None if number else how
+                found.append(_result(of_source, evaluation, temperature, drafting, source) | {"headline": headline})
     return found
 
 
-def draftings(evaluation: dict[str, Any]) -> tuple[Drafting, ...]:
-    """Those of an eval.json, the main one first."""
-    settings = evaluation["settings"]
-    return named(settings["chain"], settings["beside"])
+def draftings(evaluation: dict[str, Any], temperature: float) -> tuple[Drafting, ...]:
+    """Those of an eval.json at a temperature, the main one first; that is :data:`PLAIN` where no chain pays."""
+    settings, calibration = evaluation["settings"], evaluation.get("calibration")  # which older ones have not
+    if calibration is None:
+        return named(settings["chain"], settings["beside"])
+    entry = next(entry for entry in calibration["temperatures"] if entry["temperature"] == temperature)
+    return chosen(entry["chain"], settings["beside"])
 
 
 def _result(

@@ -6,24 +6,23 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from ..configs.drafting import FIXED, PLAIN
 from . import plots
 from .answers import SHOWN, render_answers
+from .conclusion import elsewhere, formula, gains, slower
+from .headlines import drafted, drafting_of, has_beside, main_results, overall
 from .markdown import described, simulated_sentence
 from .style import STYLE
 from .tables import (
     BESIDE,
     DEFINITIONS,
     HOW_TO_READ_COST,
-    PLAIN,
     conditions,
     diverged,
     drafting,
     draftings_rows,
-    has_beside,
     length_of,
-    main_results,
     number,
-    overall,
     percent,
     result_rows,
     temperature_name,
@@ -52,6 +51,7 @@ def render_page(report: Json, material: Material) -> str:
         _acceptance(report),
         _sources_and_speed(report),
         _beside(report),
+        _choice(report),
         _training(report, material.curve),
         _answers(material.traces),
         _results(report),
@@ -77,24 +77,26 @@ def _headline(report: Json) -> str:
     return (
         f'<header><p class="kicker">EAGLE-3 draft report</p><h1>{escape(report["run"])}</h1>'
         f'<p class="lead">{escape(lead(report))}</p>'
-        f'<p class="note">{escape(_subject(report))} Measured with: {escape(conditions(report))}. '
+        + _elsewhere(report)
+        + f'<p class="note">{escape(_subject(report))} Measured with: {escape(conditions(report))}. '
         "Intervals are 95%.</p>"
         f'</header><div class="cards">{cards}</div>{box}'
     )
 
 
+def _elsewhere(report: Json) -> str:
+    said = elsewhere(report)
+    return f"<p>{escape(said)}</p><p class='note'>{escape(formula())}</p>" if said else ""
+
+
 def lead(report: Json) -> str:
-    """What a reader should take home, at the lowest temperature."""
-    entry = overall(report)[0]
-    at, ci = temperature_name(entry["temperature"]), entry["speedup_ci95"]
-    parts = []
-    if entry["speedup"] is not None:
-        between = f" (between {number(ci[0])} and {number(ci[1])})" if ci[0] is not None else ""
-        parts.append(f"At {at} the target answers {number(entry['speedup'])} times as fast with this draft{between}.")
+    """What a reader should take home: the gain, and what a round gives at the lowest temperature."""
+    entry = drafted(report)[0]
+    parts = [gains(report)]
     if entry["acceptance_length"] is not None:
-        fresh = entry["without_repeats"]["acceptance_length"]
+        fresh, at = entry["without_repeats"]["acceptance_length"], temperature_name(entry["temperature"])
         parts.append(
-            f"A round gives {number(entry['acceptance_length'])} tokens on average"
+            f"At {at} a round of {drafting_of(entry).name} gives {number(entry['acceptance_length'])} tokens on average"
             + (f", {number(fresh)} where it does not merely repeat the answer." if fresh is not None else ".")
         )
     lossless = entry["losslessness"]
@@ -103,7 +105,7 @@ def lead(report: Json) -> str:
         every = f"All {same}" if not lossless["diverged"] else f"{same} of {lossless['answers']}"
         ties = f", {lossless['ties']} of them up to a tie" if lossless["ties"] else ""
         parts.append(f"{every} greedy answers are those of plain decoding{ties}.")
-    return " ".join(parts)
+    return " ".join(part for part in parts if part)
 
 
 def _subject(report: Json) -> str:
@@ -164,8 +166,24 @@ def _beside(report: Json) -> str:
     if not has_beside(report):
         return ""
     header, rows = draftings_rows(report)
-    table = _table(header, rows, [row[1] == PLAIN for row in rows])
-    return f'<section><h2>{BESIDE}</h2><p class="note">{escape(HOW_TO_READ_COST)}</p>{table}</section>'
+    table = _table(header, rows, [row[1] == PLAIN.name for row in rows])
+    said = f'<p class="note">{escape(slow)}</p>' if (slow := slower(report)) else ""
+    return f'<section><h2>{BESIDE}</h2><p class="note">{escape(HOW_TO_READ_COST)}</p>{table}{said}</section>'
+
+
+def _choice(report: Json) -> str:
+    """How the chains were chosen; "" where the recipe says how long they are."""
+    drawn = plots.expected_speedup(report)
+    if not drawn:
+        return ""
+    calibration = report["calibration"]
+    note = (
+        f"Lines: expected of each chain from {calibration['prompts']} validation prompts, as tokens a round \u00d7 time of a "
+        "token / time of a round; 0 is plain decoding. Points: measured on the test prompts. The chain with the best "
+        "expectation was chosen at each temperature before any of them was answered, the shorter one within 1%; chain "
+        f"{FIXED} stands beside it for comparison between runs and machines."
+    )
+    return _figures("The chain that pays", note, [("Speed-up by chain length", "bars are 95% intervals", drawn)])
 
 
 def _training(report: Json, curve: Sequence[Json]) -> str:

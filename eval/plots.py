@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .figures import Axis, Bar, Margins, Point, Row, Series, bar_plot, dot_plot, line_plot
-from .tables import interval, main_results, number, overall, percent, rate, temperature_name, times
+from .headlines import at_temperature, drafted, drafted_results, drafting_of, is_chosen, is_main, is_plain, overall
+from .tables import interval, number, percent, rate, temperature_name, times
 
 CURVE_POINTS = 160  # a longer training log is averaged in this many stretches
 Json = dict[str, Any]
@@ -16,7 +17,7 @@ Json = dict[str, Any]
 def acceptance_by_position(report: Json, without_repeats: bool) -> str:
     """The share of rounds that accepted at least i drafted tokens, per temperature; "" where no round counts."""
     series, positions = [], 1
-    for colour, entry in enumerate(overall(report)):
+    for colour, entry in enumerate(drafted(report)):
         counted = entry["without_repeats"] if without_repeats else entry
         if not counted["rounds"]:
             continue
@@ -38,12 +39,13 @@ def acceptance_by_source(report: Json) -> str:
     """Acceptance lengths of all prompts and of each source, per temperature; hollow without repeated rounds."""
     categories: list[str | None] = [
         None,
-        *sorted({e["category"] for e in main_results(report) if e["category"] is not None}),
+        *sorted({e["category"] for e in drafted_results(report) if e["category"] is not None}),
     ]
     colours = {entry["temperature"]: colour for colour, entry in enumerate(overall(report))}
     groups = []
     for category in categories:
-        entries = [e for e in main_results(report) if e["category"] == category and e["acceptance_length"] is not None]
+        shown = [e for e in drafted_results(report) if e["category"] == category]
+        entries = [e for e in shown if e["acceptance_length"] is not None]
         groups.append(
             ("all prompts" if category is None else category, [_row(e, colours[e["temperature"]]) for e in entries])
         )
@@ -57,7 +59,8 @@ def speed(report: Json) -> str:
     """Tokens per second and user, without the draft and with it."""
     groups = []
     for colour, entry in enumerate(overall(report)):
-        sides = (("target", None, "baseline_tps_per_user"), ("with draft", colour, "tps_per_user"))
+        label = "no draft" if is_plain(entry) else "with draft"
+        sides = (("target", None, "baseline_tps_per_user"), (label, colour, "tps_per_user"))
         bars = []
         for label, shade, key in sides:
             value, ci = entry[key], entry[f"{key}_ci95"]
@@ -67,6 +70,33 @@ def speed(report: Json) -> str:
         if bars:
             groups.append((temperature_name(entry["temperature"]), times(entry["speedup"]), bars))
     return bar_plot(groups, Axis("tokens per second and user")) if groups else ""
+
+
+def expected_speedup(report: Json) -> str:
+    """What the calibration expected of every chain, and what chains came to over the test prompts; "" without one."""
+    calibration = report["calibration"]
+    if not calibration or not calibration["measured"]:
+        return ""
+    curves, measured, longest = list[Series](), list[Series](), 0
+    colours = {entry["temperature"]: colour for colour, entry in enumerate(overall(report))}
+    for entry in sorted(calibration["temperatures"], key=lambda entry: float(entry["temperature"])):
+        name, colour = temperature_name(entry["temperature"]), colours[entry["temperature"]]
+        values = [1.0, *entry["expected_speedup"]]
+        curves.append(Series(name, [Point(k, value) for k, value in enumerate(values)], colour, markers=False))
+        longest = max(longest, len(values) - 1)
+        chains = [e for e in at_temperature(report, entry["temperature"]) if e["drafting"]["method"] != "tree"]
+        points = [_measured(e, name, is_main(e, report["results"])) for e in chains if e["speedup"] is not None]
+        longest = max([longest, *(int(point.x) for point in points)])
+        if points:
+            measured.append(Series("", points, colour, joined=False))
+    x = Axis("drafted tokens a round", (-0.3, longest + 0.3), ticks=range(longest + 1))
+    return line_plot([*curves, *measured], x, Axis("speed-up", write="{:g}".format))
+
+
+def _measured(entry: Json, name: str, main: bool) -> Point:
+    ci, how = entry["speedup_ci95"], ", chosen" if main and is_chosen(entry) else ""
+    said = f"{name}, {drafting_of(entry).name}{how}, measured: {interval(entry['speedup'], ci, times)}"
+    return Point(entry["drafting"]["length"], entry["speedup"], ci[0], ci[1], said)
 
 
 def training(curve: Sequence[Json]) -> list[tuple[str, str]]:

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..configs.drafting import PLAIN, chain
 from ..configs.errors import UserError
 from ..data.conversations import read_conversations
 from ..data.files import encode_json, read_lines, write_atomic
 from ..models.native.parallel import launched
 from ..models.repeats import repeated_rate
 from .cautions import against_card, cautions, warnings
+from .conclusion import elsewhere, gains, slower
+from .headlines import compared, drafting_of, has_beside, is_chosen, overall
 from .markdown import render_markdown
 from .metrics import acceptance, draftings, results
 from .page import Material, render_page
@@ -28,14 +32,13 @@ from .tables import (
     circumstances,
     conditions,
     diverged,
-    drafting_of,
+    drafting_name,
     draftings_rows,
-    has_beside,
     length_of,
     markdown_table,
-    overall,
     percent,
     speedup_of,
+    summary_rows,
     temperature_name,
     text_table,
     tps,
@@ -43,6 +46,7 @@ from .tables import (
 from .traces import Trace, read_traces
 
 SCHEMA = 1
+WIDTH = 100  # of sentences in a terminal
 Json = dict[str, Any]
 
 
@@ -63,7 +67,7 @@ def write_report(run_dir: Path) -> Json:
     report = build_report(run_dir, evaluation)
     recipe = run_dir / "config.yaml"
     material = Material(
-        traces=_of_main(evaluation),
+        traces=_shown(evaluation),
         # The curve is that of the run's own head.
         curve=[] if evaluation.description["settings"]["draft"] else _read_curve(run_dir / "train" / "metrics.jsonl"),
         prompts=_count_prompts(run_dir / "conversations" / "prompts.jsonl"),
@@ -77,11 +81,14 @@ def write_report(run_dir: Path) -> Json:
 
 
 def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
-    """What report.json holds: schema 1, and beside it ``command``, ``simulated`` and figures without repeats."""
+    """What report.json holds: schema 1, and beside it ``command``, ``simulated``, ``calibration`` (how chains were chosen),
+    of each result whether it is the ``headline``, and figures without repeats.
+    """
     description, traces = evaluation
     found = results(traces, description)
     for entry in found:
-        its = drafting_of(entry).name, entry["temperature"]
+        drafting = drafting_of(entry)
+        its = None if drafting == PLAIN else drafting.name, entry["temperature"]
         answers = [
             t.ids for t in traces if (t.drafting, t.temperature) == its and entry["category"] in (None, t.source)
         ]
@@ -97,6 +104,7 @@ def build_report(run_dir: Path, evaluation: Evaluation) -> Json:
         "results": found,
         "warnings": warnings(found) + cautions(found) + against_card(draft["imported"], found),
         "simulated": _simulated(draft["training"], evaluation),
+        "calibration": description.get("calibration"),  # which older ones have not
         "command": _again(run_dir / "config.yaml", f"{name}-again", description["settings"]["tensor_parallel"]),
     }
 
@@ -109,27 +117,23 @@ def _again(recipe: Path, name: str, processes: int) -> str:
 
 
 def summary_table(report: Json) -> str:
-    """The figures over all prompts as plain text, for a terminal: the main drafting's, then all draftings side by side."""
-    header = ("T", "AL [95%]", "without repeats", "accepted", "TPS/user", "speed-up [95%]", "diverged")
-    rows = [
-        (
-            f"{entry['temperature']:g}",
-            length_of(entry),
-            length_of(entry["without_repeats"]),
-            percent(entry["acceptance_rate"]),
-            tps(entry),
-            speedup_of(entry),
-            diverged(entry),
-        )
-        for entry in overall(report)
+    """The figures over all prompts as plain text, for a terminal: the main draftings' and what follows, then all draftings."""
+    parts = [
+        f"{report['run']}: {conditions(report)}\n{text_table(*summary_rows(report))}",
+        "\n".join(textwrap.fill(sentence, WIDTH) for sentence in (gains(report), elsewhere(report)) if sentence),
     ]
-    beside = ["", text_table(*draftings_rows(report, without=("TPS/user",)))] if has_beside(report) else []
-    said = [f"warning: {warning}" for warning in report["warnings"]]
-    return "\n".join([f"{report['run']}: {conditions(report)}", text_table(header, rows), *beside, *said])
+    if has_beside(report):
+        slow = slower(report)
+        table = text_table(*draftings_rows(report, without=("TPS/user", "drafted")))
+        parts.append("\n".join([table, textwrap.fill(slow, WIDTH)] if slow else [table]))
+    parts.append("\n".join(f"warning: {warning}" for warning in report["warnings"]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def compare(run_dirs: Sequence[Path]) -> str:
     """The reports of several runs side by side, as a Markdown table that is aligned as it stands.
+
+    Where chains were chosen by measurement, figures are those of the fixed chain, and what was chosen stands below.
 
     Raises:
         UserError: a run without report.
@@ -141,7 +145,7 @@ def compare(run_dirs: Sequence[Path]) -> str:
     rows = [[name, *(values[name] for values in settings)] for name in settings[0]]
     differing = [row[0] for row in rows if len(set(row[1:])) > 1]
     for temperature in sorted({entry["temperature"] for report in reports for entry in overall(report)}):
-        at = [_at(report, temperature) for report in reports]
+        at = [_at(compared(report), temperature) for report in reports]
         for name, write in (
             ("AL", length_of),
             ("AL without repeats", lambda entry: length_of(entry["without_repeats"])),
@@ -151,6 +155,10 @@ def compare(run_dirs: Sequence[Path]) -> str:
             ("diverged", diverged),
         ):
             rows.append([f"{temperature_name(temperature)} {name}", *(write(entry) if entry else "" for entry in at)])
+        heads = [_at(overall(report), temperature) for report in reports]
+        if any(entry and is_chosen(entry) for entry in heads):
+            cells = [f"{drafting_name(entry)}: {speedup_of(entry)}" if entry else "" for entry in heads]
+            rows.append([f"{temperature_name(temperature)} main drafting, speed-up", *cells])
     said = [f"\nNot like with like: the runs differ in {', '.join(differing)}."] if differing else []
     return "\n".join([markdown_table(["", *header], rows), *said])
 
@@ -160,13 +168,13 @@ def _settings(report: Json) -> dict[str, str]:
     target, machine = report["target"], report["environment"]
     return {
         "target": f"{target['name']} ({target['weights_sha256'][:8]})",
-        **circumstances(report),
+        **circumstances(compared(report)),
         "machine": f"{machine['processor']}, {machine['device']}, {machine['threads']} threads",
     }
 
 
-def _at(report: Json, temperature: float) -> Json | None:
-    return next((entry for entry in overall(report) if entry["temperature"] == temperature), None)
+def _at(entries: Sequence[Json], temperature: float) -> Json | None:
+    return next((entry for entry in entries if entry["temperature"] == temperature), None)
 
 
 def _read_report(run_dir: Path) -> Json:
@@ -188,13 +196,24 @@ def _read_evaluation(run_dir: Path) -> Evaluation:
         raise UserError("report", path, f"it cannot be read ({error.strerror})", remedy) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError("report", path, f"it is damaged ({error})", remedy) from None
-    sides = Counter(trace.drafting for trace in traces)
-    wanted = {None, *(drafting.name for drafting in draftings(description))}
-    if len({trace.key for trace in traces}) < len(traces) or sides.keys() != wanted or len(set(sides.values())) > 1:
-        counted = ", ".join(f"{name or 'plain'}: {count}" for name, count in sides.items())
+    if len({trace.key for trace in traces}) < len(traces) or not _are_whole(description, traces):
+        counted = ", ".join(
+            f"{name or 'plain'}: {n}" for name, n in Counter(trace.drafting for trace in traces).items()
+        )
         problem = f"it does not hold as many answers of every drafting ({counted or 'none'})"
         raise UserError("report", path, problem, remedy)
     return Evaluation(description, traces)
+
+
+def _are_whole(description: Json, traces: Sequence[Trace]) -> bool:
+    """Whether there are as many answers of every drafting, at every temperature those of its own."""
+    sides = Counter((trace.temperature, trace.drafting) for trace in traces)
+    wanted = {
+        (temperature, None if drafting == PLAIN else drafting.name)
+        for temperature in description["settings"]["temperatures"]
+        for drafting in (PLAIN, *draftings(description, temperature))
+    }
+    return sides.keys() == wanted and len(set(sides.values())) == 1
 
 
 def _read_json(path: Path, remedy: str) -> Json:
@@ -224,8 +243,11 @@ def _count_prompts(path: Path) -> dict[str, dict[str, int]]:
 
 def _simulated(trained: Json | None, evaluation: Evaluation) -> Json | None:
     """The simulated acceptance length beside the decoded one that counts the same rounds, where both exist."""
-    greedy = [trace for trace in _of_main(evaluation) if trace.temperature == 0]
-    if not greedy or not trained or trained["chain"] != evaluation.description["settings"]["chain"]:
+    if not trained:
+        return None
+    name = chain(trained["chain"]).name
+    greedy = [trace for trace in evaluation.traces if trace.temperature == 0 and trace.drafting == name]
+    if not greedy:
         return None
     length = acceptance(greedy, "whole").length
     return {
@@ -237,7 +259,11 @@ def _simulated(trained: Json | None, evaluation: Evaluation) -> Json | None:
     }
 
 
-def _of_main(evaluation: Evaluation) -> list[Trace]:
-    """The plain answers, and those of the main drafting."""
-    kept = (None, draftings(evaluation.description)[0].name)
-    return [trace for trace in evaluation.traces if trace.drafting in kept]
+def _shown(evaluation: Evaluation) -> list[Trace]:
+    """The plain answers, and at each temperature those of the main drafting, or of the next where that is plain decoding."""
+    description = evaluation.description
+    kept = {
+        temperature: next(drafting.name for drafting in draftings(description, temperature) if drafting != PLAIN)
+        for temperature in description["settings"]["temperatures"]
+    }
+    return [trace for trace in evaluation.traces if trace.drafting in (None, kept[trace.temperature])]

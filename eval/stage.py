@@ -6,7 +6,7 @@
 Every prompt is answered at every temperature plainly and once with each drafting, one right after the other, and in an
 order that rotates among the prompts of a source, so that whatever else the machine does falls on all. Each such group is
 appended to ``eval/traces.jsonl`` (the format is explained in :mod:`.traces`) and synced; a run that was interrupted goes
-on with the next group. ``eval/eval.json`` says how the answers were made, and is written last: where it stands, the
+on with the next group. Which chain is the main one is measured before, if the recipe says so (:mod:`.calibration`). ``eval/eval.json`` says how the answers were made, and is written last: where it stands, the
 stage is complete. Metrics are made from these two files (:mod:`.metrics`), so that they can be made again without decoding.
 
 Processes that hold the target together (``eval.tensor_parallel``) all decode the same; the first looks at files and writes
@@ -18,12 +18,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..configs.drafting import Drafting, named
+from ..configs.drafting import AUTO, PLAIN, Drafting, candidates, named
 from ..configs.entry import started
 from ..configs.errors import UserError
 from ..configs.settings import EvalSettings, Settings, TargetSettings
@@ -37,10 +38,13 @@ from ..models.native.parallel import Group, join, launched
 from ..models.repeats import repeated
 from ..models.target import load_target, load_text, opened
 from ..models.weights import weights_sha256
+from . import calibration as calibrating
 from .agreement import led, stopping
+from .calibration import Request
 from .engines import AnyTarget, Loader, engine_name, head_bytes, load_engine, make_drafters, make_verifier, next_logits
 from .environment import environment
-from .jobs import Job, make_jobs, positions
+from .jobs import Job, make_jobs, positions, validation_requests
+from .metrics import draftings as draftings_at
 from .speculate import Decoded, Drafter, Limits, Verifier, decode
 from .traces import BASELINE, SPECULATIVE, Lossless, Trace, pieces, resume
 
@@ -48,19 +52,29 @@ WARM_UP_TOKENS = 16
 
 
 class Plan(NamedTuple):
-    """What is to be done: ``jobs``, for requests of at most ``capacity`` positions."""
+    """What is to be done: ``jobs``, for requests of at most ``capacity`` positions.
+
+    ``requests``: by temperature, on which a chain is still to be chosen; None where nothing is. ``calibration``: what was
+    chosen before.
+    """
 
     stage: Stage
     jobs: list[Job]
     capacity: int
+    requests: dict[float, list[Request]] | None
+    calibration: dict[str, Any] | None
 
 
 class Bench(NamedTuple):
-    """What decodes: built once, used for every job. ``drafters``: by the name of their drafting, the main one first."""
+    """What decodes: built once, used for every job.
+
+    ``drafters``: by the name of their drafting. ``sides``: by temperature, the names of those that answer, the main one first.
+    """
 
     target: AnyTarget
     verifier: Verifier
     drafters: dict[str, Drafter]
+    sides: dict[float, list[str]]
     limits: Limits
 
 
@@ -81,24 +95,30 @@ def evaluate(settings: Settings, run_dir: Path, load: Loader = load_target) -> N
         Interrupted: a signal came; the groups so far are kept.
         Told: the first process raises one of these, and this is another.
     """
-    draftings = named(settings.eval.chain, settings.eval.beside)
+    chosen = settings.eval
+    draftings = named(chosen.chain, chosen.beside) if isinstance(chosen.chain, int) else candidates(chosen.beside)
     group = _processes(settings, run_dir)
     plan = led(group, lambda: _plan(settings, run_dir, draftings))
     if plan is None:
         return
     draft = load_draft(draft_folder(settings, run_dir)).eval()
-    beside = head_bytes(draftings, draft.config, plan.capacity, settings.eval.dtype, group)
-    target = load_engine(_target(settings), settings.eval.engine, plan.capacity, load, group, beside)
+    beside = head_bytes(draftings, draft.config, plan.capacity, chosen.dtype, group)
+    target = load_engine(_target(settings), chosen.engine, plan.capacity, load, group, beside)
     _check_fits(draft_folder(settings, run_dir), draft, target)
     bench = Bench(
         target,
         make_verifier(target, plan.capacity),
         make_drafters(draftings, target, draft, plan.capacity),
-        Limits(settings.eval.max_new_tokens, target.info.eos_ids),
+        {},
+        Limits(chosen.max_new_tokens, target.info.eos_ids),
     )
-    _answer(plan, bench, group)
+    calibration = plan.calibration if plan.requests is None else _calibrate(plan, plan.requests, bench, group)
+    known: dict[str, Any] = {"settings": _chosen(chosen), "calibration": calibration}
+    sides = {t: [found.name for found in draftings_at(known, t) if found != PLAIN] for t in chosen.temperatures}
+    _answer(plan, bench._replace(sides=sides), group)
     if group is None or group.rank == 0:
         described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
+        described["calibration"] = calibration
         write_atomic(plan.stage.folder / "eval.json", encode_json(described))
 
 
@@ -120,15 +140,38 @@ def _plan(settings: Settings, run_dir: Path, draftings: Sequence[Drafting]) -> P
     if stage.begun() and (stage.folder / "eval.json").exists():
         return None
     text = load_text(_target(settings))
-    jobs = make_jobs(settings, run_dir, text)
-    return Plan(stage, jobs, positions(settings.eval, draftings, jobs, text))
+    jobs, requests, calibration = make_jobs(settings, run_dir, text), None, None
+    prompts = [job.prompt for job in jobs]
+    if settings.eval.chain == AUTO and (calibration := calibrating.read(stage.folder)) is None:
+        requests = validation_requests(settings, run_dir, text)
+        prompts += [request.prompt for found in requests.values() for request in found]
+    capacity = positions(settings.eval, draftings, max(map(len, prompts)), text)
+    return Plan(stage, jobs, capacity, requests, calibration)
+
+
+def _calibrate(
+    plan: Plan, requests: Mapping[float, Sequence[Request]], bench: Bench, group: Group | None
+) -> dict[str, Any]:
+    """Choose a chain for each temperature; of a group all decode, and the first chooses and writes."""
+    chains = [bench.drafters[drafting.name] for drafting in candidates(())]
+    clock = calibrating.clock_of(bench.target.device, alone=group is None)
+    found = calibrating.calibrate(requests, bench.verifier, chains, bench.limits, clock)
+
+    def write() -> dict[str, Any]:
+        plan.stage.begin()
+        write_atomic(plan.stage.folder / calibrating.FILE, encode_json(found))
+        print(calibrating.words(found), file=sys.stderr, flush=True)
+        return found
+
+    return led(group, write)
 
 
 def _answer(plan: Plan, bench: Bench, group: Group | None) -> None:
     """Answer what has no answers yet; of a group all answer, and the first writes."""
-    jobs, size, traces = plan.jobs, 1 + len(bench.drafters), plan.stage.folder / "traces.jsonl"
-    done = led(group, lambda: _begin(plan.stage, traces, size))
-    progress = Progress("eval", "answers", size * len(jobs), size * done)
+    jobs, traces = plan.jobs, plan.stage.folder / "traces.jsonl"
+    sizes = [1 + len(bench.sides[job.sampling.temperature]) for job in jobs]
+    done = led(group, lambda: _begin(plan.stage, traces, sizes))
+    progress = Progress("eval", "answers", sum(sizes), sum(sizes[:done]))
     writing = traces.open("ab") if group is None or group.rank == 0 else nullcontext()
     with StopRequest(plan.stage.resume) as stop, writing as file:
         if done < len(jobs):
@@ -140,15 +183,15 @@ def _answer(plan: Plan, bench: Bench, group: Group | None) -> None:
                 file.write(b"".join(trace.to_line() for trace in answers))
                 file.flush()
                 os.fsync(file.fileno())
-                progress.advance(size, sum(len(trace.ids) for trace in answers))
+                progress.advance(len(answers), sum(len(trace.ids) for trace in answers))
             if stopping(group, stop):
                 raise stop.end(f"{number + 1} of {len(jobs)} prompts are answered")
 
 
-def _begin(stage: Stage, traces: Path, size: int) -> int:
-    """How many groups of ``size`` answers there are."""
+def _begin(stage: Stage, traces: Path, sizes: Sequence[int]) -> int:
+    """How many groups of so many answers there are."""
     stage.begin()
-    return resume(traces, size)
+    return resume(traces, sizes)
 
 
 def draft_folder(settings: Settings, run_dir: Path) -> Path:
@@ -195,7 +238,7 @@ def _check_fits(folder: Path, draft: Eagle3Draft, target: AnyTarget) -> None:
 
 def _group(bench: Bench, job: Job) -> list[Trace]:
     """The plain answer to one prompt, and the one of each drafting."""
-    sides: list[str | None] = [None, *bench.drafters]
+    sides: list[str | None] = [None, *bench.sides[job.sampling.temperature]]
     first = job.turn % len(sides)
     answers: dict[str | None, Decoded] = {}
     for name in sides[first:] + sides[:first]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..configs.drafting import Drafting
+from ..configs.drafting import PLAIN
+from .headlines import at_temperature, drafting_of, is_chosen, is_plain, main_results, overall
 
 Json = dict[str, Any]
 NONE = "\u2013"  # an en dash
-PLAIN = "none"  # the drafting of plain decoding
 TIMES = "\u00d7"  # the sign of multiplication
 
 DEFINITIONS = (
@@ -85,31 +85,6 @@ def temperature_name(temperature: float) -> str:
     return f"T={temperature:g}"
 
 
-def drafting_of(entry: Json) -> Drafting:
-    """How a result was drafted, but for its sampling."""
-    return Drafting(**{name: entry["drafting"][name] for name in Drafting._fields})
-
-
-def is_main(entry: Json, results: Sequence[Json]) -> bool:
-    """Whether an entry of ``results`` is one of the main drafting, which comes first."""
-    return drafting_of(entry) == drafting_of(results[0])
-
-
-def main_results(report: Json) -> list[Json]:
-    """The results of the main drafting."""
-    return [entry for entry in report["results"] if is_main(entry, report["results"])]
-
-
-def overall(report: Json) -> list[Json]:
-    """The results of the main drafting over all prompts, one per temperature."""
-    return [entry for entry in main_results(report) if entry["category"] is None]
-
-
-def has_beside(report: Json) -> bool:
-    """Whether there are draftings beside the main one."""
-    return len(main_results(report)) < len(report["results"])
-
-
 def diverged(entry: Json) -> str:
     """How many answers were not what plain greedy decoding says."""
     lossless = entry["losslessness"]
@@ -123,15 +98,24 @@ def tps(entry: Json) -> str:
 
 def drafting(entry: Json) -> str:
     """How an entry was drafted: an acceptance length says nothing without it."""
-    return f"{_size(entry)}, {entry['drafting']['sampling']}"
+    if is_plain(entry):
+        return "plain decoding: no chain pays here"
+    return f"{_size(entry)}, {entry['drafting']['sampling']}" + (", chosen" if is_chosen(entry) else "")
 
 
-def circumstances(report: Json) -> dict[str, str]:
-    """What every figure of a report was measured with; figures compare where these are the same."""
-    first = overall(report)[0]
-    drafts = sorted({entry["drafting"]["sampling"] for entry in overall(report) if entry["temperature"]})
+def drafting_name(entry: Json) -> str:
+    """The same as short as in a recipe."""
+    if is_plain(entry):
+        return "no chain pays"
+    return drafting_of(entry).name + (" (chosen)" if is_chosen(entry) else "")
+
+
+def circumstances(entries: Sequence[Json]) -> dict[str, str]:
+    """What every figure of ``entries``, one per temperature, was measured with; figures compare where these are the same."""
+    first = entries[0]
+    drafts = sorted({e["drafting"]["sampling"] for e in entries if e["temperature"] and not is_plain(e)})
     return {
-        "drafting": _size(first) + (f" ({' and '.join(drafts)} at T>0)" if drafts else ""),
+        "drafting": _draftings(entries) + (f" ({' and '.join(drafts)} at T>0)" if drafts else ""),
         "numerics": first["dtype"],
         "batch": f"{first['batch']}",
         "prompts": f"{first['n_prompts']} prompts per temperature ({first['benchmark']})",
@@ -142,8 +126,22 @@ def circumstances(report: Json) -> dict[str, str]:
 
 def conditions(report: Json) -> str:
     """:func:`circumstances` in one line."""
-    said = circumstances(report).items()
+    said = circumstances(overall(report)).items()
     return ", ".join(f"{name} {value}" if value.isdigit() else value for name, value in said)
+
+
+def _draftings(entries: Sequence[Json]) -> str:
+    if not any(map(is_chosen, entries)):
+        return _size(entries[0])
+    sizes = {entry["temperature"]: "no draft" if is_plain(entry) else _size(entry) for entry in entries}
+    said = (f"{size} at {listed([t for t in sizes if sizes[t] == size])}" for size in dict.fromkeys(sizes.values()))
+    return f"{', '.join(said)}, chosen"
+
+
+def listed(temperatures: Sequence[float]) -> str:
+    """Temperatures in a sentence."""
+    *most, last = map(temperature_name, temperatures)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _size(entry: Json) -> str:
@@ -181,14 +179,37 @@ RESULT_COLUMNS: tuple[tuple[str, Callable[[Json], str]], ...] = (
 
 
 def result_rows(report: Json) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of all results of the main drafting."""
-    cells = [[write(entry) for _, write in RESULT_COLUMNS] for entry in main_results(report)]
-    return [name for name, _ in RESULT_COLUMNS], cells
+    """Header and cells of the table of all results of the main draftings, which are named where they were chosen."""
+    columns = list(RESULT_COLUMNS)
+    if any(map(is_chosen, overall(report))):
+        columns.insert(1, ("drafting", drafting_name))
+    cells = [[write(entry) for _, write in columns] for entry in main_results(report)]
+    return [name for name, _ in columns], cells
+
+
+SUMMARY_COLUMNS: tuple[tuple[str, Callable[[Json], str]], ...] = (
+    ("T", lambda entry: f"{entry['temperature']:g}"),
+    ("AL [95%]", length_of),
+    ("without repeats", lambda entry: length_of(entry["without_repeats"])),
+    ("accepted", lambda entry: percent(entry["acceptance_rate"])),
+    ("TPS/user", tps),
+    ("speed-up [95%]", speedup_of),
+    ("diverged", diverged),
+)  # fmt: skip
+
+
+def summary_rows(report: Json) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of the main draftings over all prompts, for a terminal."""
+    columns = list(SUMMARY_COLUMNS)
+    if any(map(is_chosen, overall(report))):
+        columns[3] = ("drafting", drafting_name)  # in the place of "accepted", for which there is no room
+    cells = [[write(entry) for _, write in columns] for entry in overall(report)]
+    return [name for name, _ in columns], cells
 
 
 BESIDE_COLUMNS: tuple[tuple[str, Callable[[Json], str], Callable[[Json], str]], ...] = (
     ("T", lambda plain: f"{plain['temperature']:g}", lambda entry: f"{entry['temperature']:g}"),
-    ("drafting", lambda _: PLAIN, lambda entry: drafting_of(entry).name),
+    ("drafting", lambda _: PLAIN.name, drafting_name),
     ("AL [95%]", lambda _: NONE, length_of),
     ("drafted", lambda _: NONE, lambda entry: rate(entry["drafted_per_round"])),
     ("accepted", lambda _: NONE, lambda entry: percent(entry["acceptance_rate"])),
@@ -212,9 +233,9 @@ def draftings_rows(report: Json, without: Sequence[str] = ()) -> tuple[list[str]
     columns = [column for column in BESIDE_COLUMNS if column[0] not in without]
     rows = []
     for first in overall(report):
-        warm = [e for e in report["results"] if e["category"] is None and e["temperature"] == first["temperature"]]
         rows.append([plain(first) for _, plain, _ in columns])
-        rows += [[write(entry) for _, _, write in columns] for entry in warm]
+        drafted = [entry for entry in at_temperature(report, first["temperature"]) if not is_plain(entry)]
+        rows += [[write(entry) for _, _, write in columns] for entry in drafted]
     return [name for name, _, _ in columns], rows
 
 

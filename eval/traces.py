@@ -11,7 +11,8 @@
 * ``mode``: ``baseline`` (target alone, ``rounds`` is empty, every author is ``target``) or ``speculative``.
   ``drafting``: null or how its rounds drafted, ``chain K`` or ``tree TOTAL/DEPTH/TOP_K``. The answers to a prompt at a
   temperature are decoded one right after the other, and stand together in the file: the baseline, then the main chain's
-  (``eval.chain``), then those of ``eval.beside``. Every one is compared with the same baseline.
+  (``eval.chain``), then those of ``eval.beside``. Every one is compared with the same baseline. Where the main chain was
+  chosen by measurement, it may be another at each temperature, or none; a chain of 5 then comes behind it.
 * ``pieces``: the text of each token; joined they are the answer. A token that ends inside a character has "" and the
   token that completes the character has it.
 * ``authors``: who proposed each token. Token 0 comes from the target's prefill.
@@ -27,11 +28,13 @@
 
 Beside it ``eval/eval.json`` says how all of them were made: ``{"schema": 1, "benchmark": "stdlib", "settings": {"engine": "native", "tensor_parallel": 1, "chain": 5, "beside":
 ["tree 60/7/10"], "temperatures": [...], "prompts": 48, "max_new_tokens": 128, "sampling": "sampled", "dtype": "float32"}, "seed": 0, "batch": 1,
-"engine": "...", "target": {...}, "draft": {...}, "environment": {...}}``.
+"engine": "...", "target": {...}, "draft": {...}, "environment": {...}, "calibration": null}``. Where ``chain`` is ``auto``,
+``calibration`` is what :mod:`.calibration` found and chose.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -125,15 +128,15 @@ def read_traces(path: Path) -> list[Trace]:
         return [Trace.from_line(line) for line in file]
 
 
-def resume(path: Path, size: int) -> int:
-    """How many groups of ``size`` answers ``path`` holds; what a crash left behind the last whole group is cut off."""
+def resume(path: Path, sizes: Sequence[int]) -> int:
+    """How many of the groups of so many answers ``path`` holds; what a crash left behind the last whole one is cut off."""
     if not path.exists():
         return 0
     with path.open("r+b") as file:
         lines = [line for line in file if line.endswith(b"\n")]
-        groups = len(lines) // size
-        file.truncate(sum(len(line) for line in lines[: size * groups]))
-    return groups
+        ends = [end for end in itertools.accumulate(sizes) if end <= len(lines)]
+        file.truncate(sum(len(line) for line in lines[: max(ends, default=0)]))
+    return len(ends)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

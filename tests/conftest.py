@@ -20,6 +20,7 @@ import pytest
 import torch
 from eagle3.configs.settings import (
     DraftSettings,
+    EvalSettings,
     PrepareSettings,
     RecordSettings,
     RegenerateSettings,
@@ -121,6 +122,7 @@ def recipe(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Setti
         # In bfloat16, so that tests can compare what was recorded with what the target says, value by value.
         record=RecordSettings(160, 320, features_dtype="bfloat16", last_hidden_dtype="bfloat16"),
         draft=DraftSettings(vocab_size=64),
+        eval=EvalSettings(chain=5),
     )
 
 

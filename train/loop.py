@@ -234,7 +234,7 @@ class Trainer:
     @property
     def _chain(self) -> int:
         """The chain that validation simulates: evaluation's, as far as the rollout reaches."""
-        return min(self.settings.eval.chain, self.settings.train.ttt_steps)
+        return min(self.settings.eval.fixed_chain, self.settings.train.ttt_steps)
 
     def _collate(self, source: Samples | Store, indices: tuple[int, ...]) -> Collated:
         """The samples at ``indices``; where there are none, one from which nothing is learnt."""

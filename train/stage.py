@@ -77,7 +77,7 @@ def _inputs(settings: Settings, store: Store) -> dict[str, Json]:
         trained["train.warm_start"] = file_sha256(weights) if weights.is_file() else settings.train.warm_start
     shape = {f"draft.{key}": value for key, value in asdict(settings.draft).items()}
     store_hash = file_sha256(store.path / MANIFEST)
-    named = {"run.seed": settings.run.seed, "store/manifest.json": store_hash, "eval.chain": settings.eval.chain}
+    named = {"run.seed": settings.run.seed, "store/manifest.json": store_hash, "eval.chain": settings.eval.fixed_chain}
     named["record.spool_shards"] = settings.record.spool_shards  # which says how a spool is shuffled
     inputs: dict[str, Json] = json.loads(json.dumps(trained | shape | named))  # tuples as the file will have them
     return inputs

@@ -127,7 +127,12 @@ def test_overrides_that_cannot_be(recipe: Path, override: str, message: str) -> 
         ("train.warmup=1.5", "give from 0 to 1"),
         ("train.step_decay=0", "give more than 0 and at most 1"),
         ("train.learning_rate=0", "give more than 0"),
-        ("eval.chain=0", "eval.chain = 0: 0 makes no sense here; give 1 or more"),
+        ("eval.chain=0", "eval.chain = 0: 0 makes no sense here; give 1 or more, or auto"),
+        ("eval.chain=many", "eval.chain = many: it is a text; give a whole number, or auto"),
+        ("eval.chain=2.5", "eval.chain = 2.5: it is a number; give a whole number, or auto"),
+        ("eval.chain=null", "eval.chain = null: it is null; give a whole number, or auto"),
+        ("train.epochs=auto", "train.epochs = auto: it is a text; give a whole number"),
+        ("eval.beside=chain 7, chain 7", "chain 7 stands twice; give each once"),
         ("eval.sampling=beam", "choose one of sampled, greedy"),
         ("eval.engine=vllm", "eval.engine = vllm: not supported; choose one of native, transformers"),
         ("draft.head_dim=7", "draft.head_dim = 7: rotary embeddings turn pairs; give an even number"),
@@ -236,6 +241,26 @@ def test_draftings_beside_the_chain(recipe: Path, given: str, complaint: str) ->
     said = refusal(recipe, "eval.chain=5", f"eval.beside={given}")
     assert said.startswith("eval.beside = ") and complaint in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize("given", ["auto", "3"])
+def test_a_chain_is_a_number_or_chosen(recipe: Path, tmp_path: Path, given: str) -> None:
+    settings = loader.load(recipe, [f"eval.chain={given}"])
+    assert settings.eval.chain == (given if given == "auto" else 3)
+    assert settings.eval.fixed_chain == (5 if given == "auto" else 3)
+    loader.save(settings, tmp_path / "saved.yaml")
+    assert loader.load(tmp_path / "saved.yaml") == settings
+    assert loader.load(recipe, ["eval.chain=auto", "eval.beside=chain 5"]).eval.beside == ("chain 5",)
+
+
+def test_draftings_beside_a_choice_are_each_there_once() -> None:
+    assert [found.name for found in drafting.chosen(3, ["chain 7"])] == ["chain 3", "chain 5", "chain 7"]
+    assert [found.name for found in drafting.chosen(5, ["chain 5", "chain 7"])] == ["chain 5", "chain 7"]
+    assert [found.name for found in drafting.chosen(7, ["chain 7"])] == ["chain 7", "chain 5"]
+    assert [found.name for found in drafting.chosen(0, ["tree 9/3/3"])] == ["none", "chain 5", "tree 9/3/3"]
+    for length in range(drafting.LONGEST + 1):
+        needed = set(drafting.chosen(length, ["chain 9"])) - {drafting.PLAIN}
+        assert needed <= set(drafting.candidates(["chain 9"]))
 
 
 def test_only_the_native_engine_verifies_trees(recipe: Path) -> None:

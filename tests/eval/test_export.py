@@ -42,7 +42,7 @@ def test_what_was_measured_stands_on_the_card(trained: Path, tmp_path: Path) -> 
     assert main(["export", str(run), "--format", "hf", "--out", str(tmp_path / "head")]) == 0
     text = (tmp_path / "head" / "README.md").read_text()
     assert "Measured with chain of 5" in text
-    assert "| T   | acceptance length" in text
+    assert "| T   | drafting | acceptance length" in text
 
 
 def test_the_card_tells_given_answers_from_the_targets_own(trained: Path, tmp_path: Path) -> None:

@@ -506,6 +506,7 @@ def test_a_draft_of_another_target(
     ("section", "changes", "line"),
     [
         ("eval", {"chain": 3}, "eval.chain = 3: .*/eval was made with 2; set it back"),
+        ("eval", {"chain": "auto"}, 'eval.chain = "auto": .*/eval was made with 2; set it back'),
         ("eval", {"temperatures": (0.0,)}, r"eval.temperatures = \[0.0\]: .*/eval was made with \[0.0, 1.0\]; set it back"),
         ("eval", {"beside": ()}, r'eval.beside = \[\]: .*/eval was made with \["tree 6/3/3"\]; set it back'),
         ("eval", {"engine": "transformers"}, 'eval.engine = "transformers": .*/eval was made with "native"; set it back'),

@@ -24,7 +24,7 @@ from eagle3.configs.settings import EvalSettings, RunSettings, Settings, TargetS
 from eagle3.configs.signals import StopRequest
 from eagle3.data.conversations import Conversation
 from eagle3.data.files import encode_line
-from eagle3.eval import stage
+from eagle3.eval import calibration, stage
 from eagle3.eval.agreement import led, stopping
 from eagle3.eval.stage import evaluate
 from eagle3.eval.traces import Trace, read_traces
@@ -223,6 +223,42 @@ def test_memory_is_that_of_the_machine_and_all_are_refused(
     for said in together(_memory, shared, run_dir, [1 << 30, 80]):
         assert "= " in said and " on each of 2 processes its weights take" in said
         assert "the draft head 0.0 GB, and 0.0 GB of cpu are free; take a device" in said
+
+
+def _choose(group: Group, settings: Settings, run_dir: Path) -> tuple[bool, list[str]]:
+    """Whether this rank took part in measuring, and what it then decoded with; each would choose another chain."""
+    measured, sides = list[bool](), list[str]()
+    known, answer = calibration.calibrate, stage._answer
+
+    def calibrate(*given: Any) -> Any:
+        measured.append(known(*given)["measured"])
+        chosen = [{"temperature": t, "chain": group.rank + 1} for t in settings.eval.temperatures]
+        return {"schema": 1, "measured": True, "prompts": 1, "tokens": LIMIT, "temperatures": chosen}
+
+    def noted(plan: Any, bench: Any, *given: Any) -> None:
+        sides.extend(bench.sides[0.0])
+        answer(plan, bench, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "calibrate", calibrate)
+        patch.setattr(stage, "_answer", noted)
+        if group.rank == 1:
+            patch.setattr(stage, "write_atomic", None)
+        evaluate(settings, run_dir)
+    return all(measured) and len(measured) == 1, sides
+
+
+def test_the_first_chooses_the_chain_for_all(
+    shared: Settings, run_dir: Path, together: Callable[..., list[Any]]
+) -> None:
+    path = run_dir / "conversations" / "prompts.jsonl"
+    prompt = Conversation("held out", "a", "validation", [{"role": "user", "content": "Say it."}])
+    path.write_bytes(path.read_bytes() + encode_line(prompt._asdict()))
+    chosen = replace(shared, eval=replace(shared.eval, chain="auto", beside=()))
+    assert together(_choose, chosen, run_dir) == [(True, ["chain 1", "chain 5"])] * 2
+    found = json.loads((run_dir / "eval" / "calibration.json").read_text())
+    assert {entry["chain"] for entry in found["temperatures"]} == {1}
+    assert {trace.drafting for trace in traces_of(run_dir)} == {None, "chain 1", "chain 5"}
 
 
 # --- what is refused before

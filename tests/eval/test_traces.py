@@ -74,13 +74,13 @@ def test_resume_cuts_wherever_a_crash_cut(tmp_path: Path, draftings: Sequence[st
     for cut in sorted({*range(0, len(whole), 9), *(edge + by for edge in edges for by in (-1, 0, 1))}):
         path.write_bytes(whole[: max(cut, 0)])
         groups = max(cut, 0) // group if cut < len(whole) else 2
-        assert resume(path, size) == groups
+        assert resume(path, [size] * 2) == groups
         assert path.read_bytes() == whole[: group * groups]
         assert read_traces(path) == written(groups, draftings)
 
 
 def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
-    assert resume(tmp_path / "traces.jsonl", 2) == 0
+    assert resume(tmp_path / "traces.jsonl", [2, 2]) == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ from .conftest import DEMO
 def test_the_simulated_acceptance_length_is_the_decoded_one() -> None:
     """Rounds that cross an answer's end are left out of both. The head was trained on fewer steps than it drafts."""
     settings, store = load(str(DEMO / "config.yaml")), Store(DEMO / "store")
-    chain, head = settings.eval.chain, store.head()
+    chain, head = settings.eval.fixed_chain, store.head()
     assert settings.eval.max_new_tokens == settings.regenerate.max_new_tokens
     traces = [
         trace

@@ -133,7 +133,7 @@ def stage(name: str, asked: argparse.Namespace, run: str, *overrides: str) -> No
 @torch.no_grad()
 def simulated(draft: Path, store: Store, settings: Settings) -> float:
     """Acceptance length of the head in ``draft`` along the held-out answers in ``store``, by a chain of evaluation's."""
-    head, chain = store.head(), settings.eval.chain
+    head, chain = store.head(), settings.eval.fixed_chain
     rolled = replace(settings.train, ttt_steps=chain)
     module = TrainingTimeTest(load_draft(draft), head.embedding.float(), head.lm_head.float(), rolled).eval()
     tally, lengths = Tally(chain, chain), store.lengths()
