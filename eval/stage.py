@@ -20,6 +20,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from ..configs.signals import StopRequest
 from ..data.files import encode_json, file_sha256, write_atomic
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
+from ..data.threads import Work, computing, shapes
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
 from ..models.native.parallel import Group, join, launched
@@ -38,7 +40,17 @@ from ..models.repeats import repeated
 from ..models.target import load_target, load_text, opened
 from ..models.weights import weights_sha256
 from .agreement import led, stopping
-from .engines import AnyTarget, Loader, engine_name, head_bytes, load_engine, make_drafters, make_verifier, next_logits
+from .engines import (
+    AnyTarget,
+    Loader,
+    engine_name,
+    head_bytes,
+    load_engine,
+    make_drafters,
+    make_verifier,
+    next_logits,
+    verify_once,
+)
 from .environment import environment
 from .jobs import Job, make_jobs, positions
 from .speculate import Decoded, Drafter, Limits, Verifier, decode
@@ -96,10 +108,13 @@ def evaluate(settings: Settings, run_dir: Path, load: Loader = load_target) -> N
         make_drafters(draftings, target, draft, plan.capacity),
         Limits(settings.eval.max_new_tokens, target.info.eos_ids),
     )
-    _answer(plan, bench, group)
-    if group is None or group.rank == 0:
-        described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
-        write_atomic(plan.stage.folder / "eval.json", encode_json(described))
+    work = Work.of(shapes(target), 1 + draftings[0].length)
+    unit = partial(verify_once, bench.verifier, target.device)
+    with computing("eval", work, target.device, unit, plan.stage.folder):
+        _answer(plan, bench, group)
+        if group is None or group.rank == 0:
+            described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
+            write_atomic(plan.stage.folder / "eval.json", encode_json(described))
 
 
 def _processes(settings: Settings, run_dir: Path) -> Group | None:
