@@ -36,12 +36,12 @@ FLOP_PER_S = 50e9  # of one core, in float32: what it does within a factor of tw
 SMALL_PRODUCT = 4e-3 * FLOP_PER_S
 #: Numbers of an average matrix, likewise: 1 MB in float32, which one core has in its own cache.
 SMALL_MATRIX = 2**18
-#: Of a unit that is measured: 0.2 s of one core, so that a calibration is over in a second or two.
-LONGEST_UNIT = 0.2 * FLOP_PER_S
+#: Of a unit that is measured: 0.1 s of one core, so that a calibration is over in a second or two.
+LONGEST_UNIT = 0.1 * FLOP_PER_S
 FEWEST_ROWS = 8  # of a unit that was shortened; fewer would be another kind of work, bound by reading the weights
 GAIN = 1.25  # how many times as fast twice the threads have to be
-REPEATS = 5
-PATIENCE = 2.0  # seconds after which a calibration ends with what it has found
+REPEATS = 6  # the first of them starts threads and fills caches
+PATIENCE = 0.5  # seconds after which two counts of threads are not compared any longer
 
 #: One unit of a stage's work, of at most so many rows.
 Unit = Callable[[int], object]
@@ -146,14 +146,10 @@ def calibrate(
     Each count takes turns with the one before it, and the least of some repeats counts: so a load that comes and goes
     falls on both. Leaves torch with whatever number of threads was the last.
     """
-    begun, spent = clock(), {1: math.inf}
-    count = 1
-    while count < most and clock() - begun < PATIENCE:
-        more = min(2 * count, most)
+    spent, count = {1: math.inf}, 1
+    while count < most:
+        begun, more = clock(), min(2 * count, most)
         spent[more] = math.inf
-        for threads in (count, more):
-            torch.set_num_threads(threads)
-            unit()  # threads are started, and caches filled
         for _ in range(REPEATS):
             for threads in (count, more):
                 torch.set_num_threads(threads)

@@ -98,10 +98,10 @@ def test_noise_does_not_hide_a_gain_nor_make_one() -> None:
 def test_a_calibration_is_short() -> None:
     machine = Machine(lambda count, _: 0.9)
     assert best(calibrate(machine.unit, 8, machine.clock)) == 1
-    assert machine.now == pytest.approx(4 * 0.9)  # once each unmeasured, once each measured
+    assert machine.now == pytest.approx(2 * 0.9)  # once each
     machine = Machine(lambda count, _: 1e-3 / count)
     calibrate(machine.unit, 8, machine.clock)
-    assert len(machine.units) == 3 * 2 * (1 + threads.REPEATS)
+    assert len(machine.units) == 3 * 2 * threads.REPEATS
 
 
 def test_what_is_small() -> None:
