@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,9 @@ from .settings import Settings
 
 RESUMABLE = Interrupted.exit_code
 FULL = {errno.ENOSPC, errno.EDQUOT}
+#: OMP_NUM_THREADS as the user, or a launcher, gave it to this process; :func:`share_cores` may set it later.
+REQUESTED_THREADS = os.environ.get("OMP_NUM_THREADS")
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of a period, or "max", and the period
 
 
 class Lazy:
@@ -139,12 +143,26 @@ def opened(settings: Settings) -> Iterator[Path]:
 def share_cores() -> None:
     """Give each of several processes on this machine its part of the cores, unless the user has chosen.
 
-    One process alone is left to torch's default. Before torch is imported: more threads than cores wait for each other.
+    Before torch is imported: more threads than cores wait for each other. With how many a stage computes is chosen when
+    it begins.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if processes > 1:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    if local_processes() > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(own_cores()))
+
+
+def own_cores() -> int:
+    """The cores that this process may keep busy: its part of those that the machine or a container gives to all."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if CPU_QUOTA.exists():
+        quota, _, period = CPU_QUOTA.read_text().partition(" ")
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores // local_processes())
+
+
+def local_processes() -> int:
+    """How many processes a launcher has started on this machine, with this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def explain(sections: Sequence[str]) -> str:

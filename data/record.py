@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ from ..configs.signals import StopRequest
 from ..models.native.target import NativeTarget
 from ..models.parallel import Place, announced, here, leading, placed
 from ..models.target import Target, TargetHead
+from ..models.target_files import TargetEnds
 from .answers import ANSWERS, Answer, Answers, read_finished
 from .chat import tokenizer_hash
 from .files import (
@@ -63,8 +66,11 @@ from .regenerate import answered_by
 from .shards import Shard, read_entry, shard_path
 from .spool import PLAN, SPOOL, SpoolWriter, StoreWriter, spooled, wait_for
 from .stage import Json, Stage
+from .threads import Work, computing, shapes
 from .vllm_recorder import VllmRecorder
 from .vocabulary import count_tokens
+
+SEQUENCE = 256  # tokens of one, in a batch that is only measured
 
 
 def record(settings: Settings, run_dir: Path, target: RecordedTarget, recorder: Recorder | None = None) -> None:
@@ -87,7 +93,8 @@ def record(settings: Settings, run_dir: Path, target: RecordedTarget, recorder: 
     stage, ours = _stage(settings, run_dir, target), _place(settings)
     with StopRequest(stage.resume) as stop:
         if not ours.writes:
-            _follow(target, stop)
+            with _threads(settings, stage.folder, target, ours):
+                _follow(target, stop)
             return
         with leading(ours):
             if _whole(stage, settings, run_dir):
@@ -95,7 +102,8 @@ def record(settings: Settings, run_dir: Path, target: RecordedTarget, recorder: 
             answered_by(target, run_dir)
             answers = read_finished(run_dir / "conversations", target.info.vocab_size)
             stage.begin()
-            with exclusive(stage.folder / f".record-{ours.group}.lock"):
+            lock = exclusive(stage.folder / f".record-{ours.group}.lock")
+            with lock, _threads(settings, stage.folder, target, ours):
                 recorder = recorder or _recorder(settings, target, ours)
                 limit, name = settings.record.spool_shards, file_sha256(stage.path)
                 stored = answers if limit is None else answers.of_split(lambda split: split != "train")
@@ -133,6 +141,21 @@ def _place(settings: Settings) -> Place:
         return here(settings.record.tensor_parallel)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     return placed(ranks.process_index, ranks.num_processes, 1)
+
+
+def _threads(settings: Settings, folder: Path, target: RecordedTarget, ours: Place) -> AbstractContextManager[None]:
+    """Those with which the target runs in this process; a unit of its work is a batch."""
+    if isinstance(target, TargetEnds):
+        return nullcontext()
+
+    def batch(rows: int) -> None:
+        packed = np.arange(rows, dtype=np.int32) % target.info.vocab_size
+        sequences = np.split(packed, range(SEQUENCE, rows, SEQUENCE))
+        for _ in _recorder(settings, target, ours).record([sequences]):
+            pass
+
+    work = Work.of(shapes(target), settings.record.batch_tokens)
+    return computing("record", work, target.device, batch, folder)
 
 
 def _recorder(settings: Settings, target: RecordedTarget, ours: Place) -> Recorder:

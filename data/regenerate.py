@@ -18,7 +18,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
 from pathlib import Path
 
@@ -46,6 +46,7 @@ from .questions import Questions, ask, plan
 from .recorders import RecordedTarget
 from .servers import Servers
 from .stage import Json, Stage, at_least
+from .threads import Work, computing, shapes
 
 WEIGHTS, BY = "weights of the target", "regenerate.endpoints"
 
@@ -75,7 +76,8 @@ def regenerate(settings: Settings, run_dir: Path, target: Target | TargetText) -
             remove_temporaries(folder)
             questions = ask(settings, folder / PROMPTS, target.text if isinstance(target, Target) else target)
             total = sum(1 for _ in places(folder / PROMPTS))
-            failed = _answer_all(settings, folder, questions, total, target, stop)
+            with _threads(settings, folder, target):
+                failed = _answer_all(settings, folder, questions, total, target, stop)
             _check_failures(settings, folder, failed, total)
             write_atomic(folder / SUMMARY, encode_json(_summary(folder / ANSWERS, failed)))
 
@@ -133,6 +135,18 @@ def _answer_all(
             progress.advance(len(found), sum(len(answer.said) for answer in new), len(failed))
             stop.check(f"{answered} of {total} answers are written")
     return failures
+
+
+def _threads(settings: Settings, folder: Path, target: Target | TargetText) -> AbstractContextManager[None]:
+    """Those with which the target answers in process; a unit of its work is two steps of a batch."""
+    if not isinstance(target, Target):
+        return nullcontext()
+
+    def step(rows: int) -> None:
+        target.generate([[row % target.info.vocab_size] for row in range(rows)], [0.0] * rows, 2)
+
+    work = Work.of(shapes(target), settings.regenerate.batch_size)
+    return computing("regenerate", work, target.device, step, folder)
 
 
 def _append(path: Path, entries: list[Answer] | list[Failure]) -> None:

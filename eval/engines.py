@@ -25,7 +25,8 @@ from ..models.native.target import NativeTarget
 from ..models.target import DTYPES, Target, load_target
 from .drafters import ChainDrafter, TreeDrafter
 from .environment import ENGINE
-from .speculate import Drafter, NativeVerifier, TargetVerifier, Verifier
+from .sampling import Proposal
+from .speculate import Drafter, NativeVerifier, Sampling, TargetVerifier, Verifier
 from .trees import TreeShape
 
 AnyTarget = Target | NativeTarget
@@ -72,6 +73,12 @@ def make_verifier(target: AnyTarget, capacity: int) -> Verifier:
     if isinstance(target, NativeTarget):
         return NativeVerifier(target, capacity)
     return TargetVerifier(target, capacity)
+
+
+def verify_once(verifier: Verifier, device: torch.device, rows: int) -> None:
+    """What decoding does again and again: the target over one token, and over ``rows``, the last one and drafted ones."""
+    verifier.start([0], Sampling())
+    verifier.verify(Proposal(torch.zeros(rows - 1, dtype=torch.long, device=device)))
 
 
 def head_bytes(

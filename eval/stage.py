@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from ..configs.signals import StopRequest
 from ..data.files import encode_json, file_sha256, write_atomic
 from ..data.progress import Progress
 from ..data.stage import Json, Stage
+from ..data.threads import Work, computing, shapes
 from ..models.checkpoint import CONFIG, WEIGHTS, load_draft, read_config
 from ..models.draft import Eagle3Draft
 from ..models.native.parallel import Group, join, launched
@@ -41,7 +43,17 @@ from ..models.weights import weights_sha256
 from . import calibration as calibrating
 from .agreement import led, stopping
 from .calibration import Request
-from .engines import AnyTarget, Loader, engine_name, head_bytes, load_engine, make_drafters, make_verifier, next_logits
+from .engines import (
+    AnyTarget,
+    Loader,
+    engine_name,
+    head_bytes,
+    load_engine,
+    make_drafters,
+    make_verifier,
+    next_logits,
+    verify_once,
+)
 from .environment import environment
 from .jobs import Job, make_jobs, positions, validation_requests
 from .metrics import draftings as draftings_at
@@ -112,14 +124,17 @@ def evaluate(settings: Settings, run_dir: Path, load: Loader = load_target) -> N
         {},
         Limits(chosen.max_new_tokens, target.info.eos_ids),
     )
-    calibration = plan.calibration if plan.requests is None else _calibrate(plan, plan.requests, bench, group)
-    known: dict[str, Any] = {"settings": _chosen(chosen), "calibration": calibration}
-    sides = {t: [found.name for found in draftings_at(known, t) if found != PLAIN] for t in chosen.temperatures}
-    _answer(plan, bench._replace(sides=sides), group)
-    if group is None or group.rank == 0:
-        described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
-        described["calibration"] = calibration
-        write_atomic(plan.stage.folder / "eval.json", encode_json(described))
+    work = Work.of(shapes(target), 1 + max(drafting.length for drafting in draftings))
+    unit = partial(verify_once, bench.verifier, target.device)
+    with computing("eval", work, target.device, unit, plan.stage.folder):
+        calibration = plan.calibration if plan.requests is None else _calibrate(plan, plan.requests, bench, group)
+        known: dict[str, Any] = {"settings": _chosen(chosen), "calibration": calibration}
+        sides = {t: [found.name for found in draftings_at(known, t) if found != PLAIN] for t in chosen.temperatures}
+        _answer(plan, bench._replace(sides=sides), group)
+        if group is None or group.rank == 0:
+            described = _description(settings, run_dir, target, draft, 1 if group is None else group.size)
+            described["calibration"] = calibration
+            write_atomic(plan.stage.folder / "eval.json", encode_json(described))
 
 
 def _processes(settings: Settings, run_dir: Path) -> Group | None:

@@ -8,6 +8,7 @@ Letters: F captured layers, H hidden.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,8 +63,13 @@ def teacher_flop(config: DraftConfig) -> int:
     return 2 * config.hidden_size * config.vocab_size
 
 
-def _sizes(config: DraftConfig) -> list[int]:
+def shapes(config: DraftConfig) -> list[tuple[int, ...]]:
+    """Those of the head's weights."""
     with torch.device("meta"):
         mapped = config.draft_vocab_size < config.vocab_size
         head = Eagle3Draft(config, torch.arange(config.draft_vocab_size) if mapped else None)
-    return [parameter.numel() for parameter in head.parameters()]
+    return [tuple(parameter.shape) for parameter in head.parameters()]
+
+
+def _sizes(config: DraftConfig) -> list[int]:
+    return [math.prod(shape) for shape in shapes(config)]

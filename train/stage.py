@@ -9,9 +9,15 @@ One process or many, with or without DeepSpeed: the batches, their order and the
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
 
 from ..configs.settings import Settings
 from ..configs.signals import StopRequest
@@ -20,7 +26,11 @@ from ..data.manifest import MANIFEST
 from ..data.spool import SPOOL, SpoolReader, wait_for
 from ..data.stage import Json, Stage
 from ..data.store import Store
+from ..data.threads import Work, computing
 from ..models.checkpoint import WEIGHTS
+from ..models.costs import shapes
+from ..models.draft import Eagle3Draft
+from ..models.shapes import draft_config
 from .launch import make_accelerator
 from .loop import DONE, Trainer
 from .module import warm_draft
@@ -55,10 +65,29 @@ def train(settings: Settings, run_dir: Path) -> None:
         stage.begin()  # only now: a head that was refused shall not tie the run to it
     accelerator.wait_for_everyone()
     lock = exclusive(stage.folder / ".train.lock") if accelerator.is_main_process else nullcontext()
-    with lock, StopRequest(stage.resume) as stop:
+    with lock, _threads(settings, stage.folder, store, warm, accelerator), StopRequest(stage.resume) as stop:
         samples = _samples(settings, run_dir, store, stop)
         Trainer(settings, run_dir, store, samples, accelerator, warm).run(stop)
     accelerator.end_training()
+
+
+def _threads(
+    settings: Settings, folder: Path, store: Store, warm: Eagle3Draft | None, accelerator: Accelerator
+) -> AbstractContextManager[None]:
+    """Those of a CPU. A unit of work is what a micro-batch multiplies: a step itself would change the head."""
+    config = draft_config(settings.draft, store.manifest.target) if warm is None else warm.config
+    weights = [shape for shape in shapes(config) if len(shape) > 1]
+    rows = settings.train.batch_tokens // (settings.train.accumulation * accelerator.num_processes)
+    return computing("train", Work.of(weights, rows), accelerator.device, partial(multiply, weights), folder)
+
+
+def multiply(weights: Sequence[tuple[int, ...]], rows: int) -> None:
+    """The products of a forward and a backward pass of ``rows`` rows through matrices ``[out, in]``."""
+    for out, into in weights:
+        weight, given, gradient = torch.ones(out, into), torch.ones(rows, into), torch.ones(rows, out)
+        F.linear(given, weight)
+        gradient @ weight
+        gradient.T @ given
 
 
 def _samples(settings: Settings, run_dir: Path, store: Store, stop: StopRequest) -> Samples:

@@ -81,7 +81,7 @@ class NativeDraft:
         self._weights = gathered(draft, embedding, share)
         self._layer = config.layers[0]
         weights = self._weights
-        self._operations = make_operations(config, self.device, embedding.dtype, weights.nbytes)
+        self._operations = make_operations(config, self.device, embedding.dtype)
         self._cache = Cache(config, capacity + drafted, embedding)
         cosines, sines = rotation_table(draft.config, capacity + drafted, embedding.new_empty(0, dtype=torch.float32))
         self._pairs_S1C = torch.complex(cosines, sines)

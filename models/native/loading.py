@@ -31,7 +31,7 @@ from .memory import check_memory
 from .operations import Operations
 from .parallel import Group, join_members, shard
 from .target import NativeTarget
-from .weights import Place, allocate, places, total_bytes
+from .weights import Place, allocate, places
 
 
 def load_native(
@@ -80,9 +80,7 @@ def load_native(
         weights = allocate(config, device, dtype)
         fill(places(weights, config, family), settings, device)
     # Recording runs over whole packs of documents, which have no few rows.
-    operations = (
-        make_operations(config, device, dtype, total_bytes(weights)) if capacity else Operations(config, device)
-    )
+    operations = make_operations(config, device, dtype) if capacity else Operations(config, device)
     decoder = Decoder(config, weights, operations, info.layers, group)
     return NativeTarget(decoder, info, tokenizer)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from eagle3.configs import entry
 from eagle3.configs.errors import Incomplete, Interrupted, UserError
 from eagle3.configs.settings import Settings
 from eagle3.data import recording
@@ -195,6 +196,7 @@ def test_the_others_leave_the_targets_cores_alone(
         monkeypatch.setattr(recording, name, noted)
     watched.each = lambda run: cores.setdefault("target", set()).add(torch.get_num_threads())
     later = list[int]()
+    monkeypatch.setattr(entry, "REQUESTED_THREADS", "3")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

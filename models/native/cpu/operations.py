@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,14 +19,12 @@ from ..operations import Matrix, Operations
 from ..weights import Dense, Experts
 from .library import Library, Unavailable, load_library
 
-SMALL_BYTES = (
-    1 << 28
-)  # of weights, up to which they are packed: larger ones keep several cores busy, whatever multiplies
-ROWS = (1, 2, 4, 6, 8, 16, 32, 64)  # for which both ways are timed; with more rows it is torch's
-MEMBERS, REPEATS = (
-    8,
-    5,
-)  # matrices of a shape that are timed in turn, so that none is in the nearest cache; and how often
+#: Numbers of a matrix, up to which it is packed: a larger one is worth several threads.
+SMALL = 1 << 20
+#: For which numbers of rows both ways are timed; with more it is torch's.
+ROWS = (1, 2, 4, 6, 8, 16, 32, 64)
+#: Matrices of a shape that are timed in turn, so that none is in the nearest cache; and how often.
+MEMBERS, REPEATS = 8, 5
 
 
 class Fast(NamedTuple):
@@ -59,13 +58,14 @@ class CompiledOperations(Operations):
         return f"{self.library.isa} products"
 
     def prepare(self, matrices: Iterable[Matrix]) -> None:
-        """See :class:`Operations`: pack them, and time each shape beside plain torch."""
+        """See :class:`Operations`: pack what is small, and time each shape beside plain torch, both in one thread."""
         kinds: dict[tuple[int, ...], list[tuple[Matrix, Fast]]] = defaultdict(list)
-        for matrix in matrices:
+        for matrix in filter(_small, matrices):
             fast = self._packed(matrix)
             kinds[fast.shape].append((matrix, fast))
         for members in kinds.values():
-            most = self._most_rows(members[:MEMBERS])
+            with one_thread():
+                most = self._most_rows(members[:MEMBERS])
             for matrix, fast in members:
                 if most:
                     self._fast[id(matrix)] = fast._replace(most=most)
@@ -192,6 +192,23 @@ class CompiledOperations(Operations):
         return most
 
 
+def _small(matrix: Matrix) -> bool:
+    if isinstance(matrix, Experts):
+        return _small(matrix.shared)
+    return (matrix.gate_up if isinstance(matrix, Dense) else matrix).numel() <= SMALL
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread meanwhile, as it does for models whose matrices are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _seconds(work: Callable[[], None]) -> float:
     found = []
     for _ in range(REPEATS):
@@ -201,9 +218,9 @@ def _seconds(work: Callable[[], None]) -> float:
     return min(found)
 
 
-def make_operations(config: DecoderConfig, device: torch.device, dtype: torch.dtype, weight_bytes: int) -> Operations:
-    """Compiled where that can be had and may pay: float32 on a CPU, small weights, a compiler; else plain torch."""
-    if device.type == "cpu" and dtype == torch.float32 and weight_bytes <= SMALL_BYTES:
+def make_operations(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Operations:
+    """Compiled where that can be had and may pay: float32 on a CPU, and a compiler; else plain torch."""
+    if device.type == "cpu" and dtype == torch.float32:
         try:
             return CompiledOperations(config, load_library())
         except Unavailable:

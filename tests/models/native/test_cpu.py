@@ -11,7 +11,7 @@ import torch
 from eagle3.models.native.config import DecoderConfig, LayerConfig
 from eagle3.models.native.cpu import library, operations
 from eagle3.models.native.cpu.library import Unavailable, load_library
-from eagle3.models.native.cpu.operations import ROWS, SMALL_BYTES, CompiledOperations, make_operations
+from eagle3.models.native.cpu.operations import ROWS, CompiledOperations, make_operations
 from eagle3.models.native.decoder import Decoder
 from eagle3.models.native.operations import Operations
 from eagle3.models.native.sights import branching, following
@@ -159,11 +159,18 @@ def test_each_way_is_taken_where_it_was_the_faster(monkeypatch: pytest.MonkeyPat
     assert calls == [7, 8, 64]
 
 
-def test_what_is_large_or_narrow_is_left_to_torch() -> None:
-    of = config()
-    assert isinstance(make_operations(of, CPU, torch.float32, SMALL_BYTES), CompiledOperations)
-    assert type(make_operations(of, CPU, torch.float32, SMALL_BYTES + 1)) is Operations
-    assert type(make_operations(of, CPU, torch.bfloat16, 1)) is Operations
+def test_what_is_large_or_narrow_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = config(experts=3)
+    assert type(make_operations(of, CPU, torch.bfloat16)) is Operations
+    made = make_operations(of, CPU, torch.float32)
+    assert isinstance(made, CompiledOperations)
+    mlp = random_mlp(of)
+    matrices = [torch.zeros(32, 32), torch.zeros(32, 33), mlp.shared, mlp]
+    for small, kept in ((1024, 1), (1056, 2), (mlp.shared.gate_up.numel(), 4)):
+        monkeypatch.setattr(operations, "SMALL", small)
+        made = CompiledOperations(of, load_library())
+        made.prepare(matrices)
+        assert len(made._fast) == kept
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -173,7 +180,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     try:
         with pytest.raises(Unavailable, match=r"no C\+\+ compiler"):
             load_library()
-        made = make_operations(config(), CPU, torch.float32, 1)
+        made = make_operations(config(), CPU, torch.float32)
         assert type(made) is Operations and made.described == "torch products"
     finally:
         load_library.cache_clear()
