@@ -7,7 +7,7 @@
 Row t of the head pairs the target's features of token t with the embedding of token t+1. Tokens that stand enter its
 cache as rows with real features, all at once; the last of them drafts the next round's first token.
 
-Shapes: T tokens, H hidden, F features, K drafted tokens, D draft vocabulary, k nodes of a tree's level, S drafted rows.
+Shapes: T tokens, H hidden, F features, K drafted tokens, R = K + 1 rows, D draft vocabulary, k nodes of a tree's level, S drafted rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.generate import draw
-from .sampling import Proposal, distribution, spread
+from .sampling import Drawn, Proposal, distribution
 from .speculate import Sampling, Verdict
 from .trees import Tree, TreeShape
 
@@ -28,7 +28,6 @@ class Head(Protocol):
 
     device: torch.device
     vocabulary: Tensor
-    vocab_size: int
 
     def restart(self) -> None: ...
 
@@ -68,6 +67,7 @@ class ChainDrafter(HeadDrafter):
     def __init__(self, head: Head, chain: int) -> None:
         super().__init__(head)
         self._chain = chain
+        self._nothing = torch.zeros(1, len(head.vocabulary), device=head.device)
 
     def propose(self) -> Proposal:
         """See :class:`~.speculate.Drafter`."""
@@ -83,7 +83,8 @@ class ChainDrafter(HeadDrafter):
                 y_1H = head.step(chosen[-1], y_1H)
             rows.append(distribution(head.logits(y_1H), self._sampling.temperature))
             chosen.append(draw(rows[-1], uniform_K[step : step + 1]))
-        return Proposal(head.vocabulary[torch.cat(chosen)], spread(torch.cat(rows), head.vocabulary, head.vocab_size))
+        ids_K, q_RD = torch.cat(chosen), torch.cat((*rows, self._nothing))
+        return Proposal(head.vocabulary.index_select(0, ids_K), Drawn(ids_K, q_RD, head.vocabulary))
 
     def _greedy(self) -> Proposal:
         head, y_1H = self._head, self._head.begin()
@@ -91,7 +92,7 @@ class ChainDrafter(HeadDrafter):
         while len(chosen) < self._chain:
             y_1H = head.step(chosen[-1], y_1H)
             chosen.append(head.logits(y_1H).argmax(-1))
-        return Proposal(head.vocabulary[torch.cat(chosen)])
+        return Proposal(head.vocabulary.index_select(0, torch.cat(chosen)))
 
 
 class TreeDrafter(HeadDrafter):

@@ -203,16 +203,16 @@ class NativeVerifier:
         drafted = self._nothing if proposal is None else proposal
         if proposal is not None and self._target.group is not None:
             drafted = agreed(self._target.group, proposal)
-        before, tree = self._cache.length, isinstance(drafted, Tree)
+        before = self._cache.length
         ids = torch.cat((self._there(torch.tensor([self._last])), drafted.tokens))
         output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
         judged = self._decide(self._target.logits(output.last_hidden), drafted)
-        self._last = judged.tokens[-1]
+        self._last, count = judged.tokens[-1], len(judged.tokens)
+        if not isinstance(drafted, Tree):
+            self._cache.rollback(before + count)
+            return Verdict(judged.tokens, output.features[:count])
         path = self._there(torch.tensor([0, *judged.rows]))
-        if tree:
-            self._cache.keep(path)
-        else:
-            self._cache.rollback(before + len(judged.tokens))
+        self._cache.keep(path)
         return Verdict(judged.tokens, output.features.index_select(0, path))
 
     def _there(self, x: Tensor) -> Tensor:

@@ -161,6 +161,17 @@ def test_draws_follow_the_distribution() -> None:
     assert draw(p[None], torch.zeros(1, dtype=torch.float64)).item() == 1
 
 
+def test_draws_reach_what_is_too_unlikely_for_sums_in_float32() -> None:
+    """Behind a token of nearly all probability, the others of a large vocabulary are nearer than floats below 1."""
+    count = 202_048
+    weights = torch.full((count,), 5e-9)
+    weights[0] = 1.0
+    one, rest = weights[:2].double()
+    expected = torch.arange(1, count, 997)
+    uniform = (one + (expected.double() - 0.5) * rest) / (one + (count - 1) * rest)
+    assert torch.cat([draw(weights[None], number[None]) for number in uniform]).equal(expected)
+
+
 @pytest.mark.parametrize("layers", [(1, 1, 2), (3, 1), (0, 8), (-1,), ()])
 def test_layers_that_are_not_there(layers: tuple[int, ...], tiny_folder: Path) -> None:
     with pytest.raises(UserError, match=r"target\.layers = .*choose different layers from 0 to 7"):
