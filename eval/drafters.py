@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
+from ..models.generate import draw_one
 from .sampling import Drawn, Proposal, distribution
 from .speculate import Sampling, Verdict
 from .trees import Tree, TreeShape
@@ -67,23 +67,21 @@ class ChainDrafter(HeadDrafter):
     def __init__(self, head: Head, chain: int) -> None:
         super().__init__(head)
         self._chain = chain
-        self._nothing = torch.zeros(1, len(head.vocabulary), device=head.device)
+        self._nothing = torch.zeros(len(head.vocabulary), device=head.device)
 
     def propose(self) -> Proposal:
         """See :class:`~.speculate.Drafter`."""
         if self._sampling.temperature == 0 or self._sampling.drafting == "greedy":
             return self._greedy()
         head, y_1H = self._head, self._head.begin()
-        uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(
-            head.device, non_blocking=True
-        )
+        uniform_K1 = torch.rand(self._chain, 1, generator=self._random, dtype=torch.float64)
         chosen, rows = list[Tensor](), list[Tensor]()
-        for step in range(self._chain):
-            if step:
+        for uniform_1 in uniform_K1.to(head.device, non_blocking=True).unbind():
+            if chosen:
                 y_1H = head.step(chosen[-1], y_1H)
-            rows.append(distribution(head.logits(y_1H), self._sampling.temperature))
-            chosen.append(draw(rows[-1], uniform_K[step : step + 1]))
-        ids_K, q_RD = torch.cat(chosen), torch.cat((*rows, self._nothing))
+            rows.append(distribution(head.logits(y_1H).squeeze(0), self._sampling.temperature))
+            chosen.append(draw_one(rows[-1], uniform_1))
+        ids_K, q_RD = torch.cat(chosen), torch.stack((*rows, self._nothing))
         return Proposal(head.vocabulary.index_select(0, ids_K), Drawn(ids_K, q_RD, head.vocabulary))
 
     def _greedy(self) -> Proposal:

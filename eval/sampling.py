@@ -18,8 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
-
+from ..models.generate import draw_one
 
 #: Weight that a rejected token keeps, of its probability: no draw notices it, unless rounding has left nothing else.
 REJECTED = 1e-20
@@ -86,19 +85,19 @@ def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, unifor
     p_RV = distribution(logits, temperature)
     tokens_K, drawn = proposal
     if not len(tokens_K):
-        return Judgement([], draw(p_RV, uniform).tolist())
+        return Judgement([], draw_one(p_RV[0], uniform).tolist())
     at_K1, uniform_K1 = tokens_K.unsqueeze(1), uniform[:-1].unsqueeze(1)
     p_K1 = p_RV.gather(1, at_K1)
     if drawn is None:
-        accepted_1 = (uniform_K1 < p_K1).cumprod(0).sum(0)
+        accepted_1 = _leading(uniform_K1 < p_K1)
         # The last row has no drafted token to lose.
-        left_1V = p_RV.scatter_(1, at_K1, p_K1 * REJECTED).index_select(0, accepted_1)
+        left_V = p_RV.scatter_(1, at_K1, p_K1 * REJECTED).index_select(0, accepted_1).squeeze(0)
     else:
         q_K1 = drawn.probabilities.gather(1, drawn.ids.unsqueeze(1))
-        accepted_1 = (uniform_K1 * q_K1 < p_K1).cumprod(0).sum(0)
-        q_1D = drawn.probabilities.index_select(0, accepted_1)
-        left_1V = residual(p_RV.index_select(0, accepted_1), q_1D, drawn.vocabulary)
-    added_1 = draw(left_1V, uniform[-1:])
+        accepted_1 = _leading(uniform_K1 < p_K1 / q_K1)
+        p_1V, q_1D = (each.index_select(0, accepted_1) for each in (p_RV, drawn.probabilities))
+        left_V = residual(p_1V.squeeze(0), q_1D.squeeze(0), drawn.vocabulary)
+    added_1 = draw_one(left_V, uniform[-1:])
     accepted, added, *tokens = torch.cat((accepted_1, added_1, tokens_K)).tolist()  # one wait
     return _first(accepted, tokens, added)
 
@@ -108,14 +107,18 @@ def _first(accepted: int, tokens: list[int], added: int) -> Judgement:
     return Judgement(list(range(1, accepted + 1)), [*tokens[:accepted], added])
 
 
-def residual(p_1V: Tensor, q_1D: Tensor, vocabulary_D: Tensor) -> Tensor:
-    """``max(0, p - q)`` ``[1, V]``, not normalised, for q over the draft vocabulary; never 0 everywhere: see ``REJECTED``."""
-    # Of vectors: along another dimension index_add is slower by two orders.
-    left_V = p_1V[0].index_add(0, vocabulary_D, q_1D[0], alpha=-1)
-    return left_V.clamp_min_(0).unsqueeze(0).add_(p_1V, alpha=REJECTED)
+def _leading(passed_K1: Tensor) -> Tensor:
+    """How many there are before the first that failed, ``[1]``."""
+    return passed_K1.cumprod(0).sum(0)
+
+
+def residual(p_V: Tensor, q_D: Tensor, vocabulary_D: Tensor) -> Tensor:
+    """``max(0, p - q)`` ``[V]``, not normalised, for q over the draft vocabulary; never 0 everywhere: see ``REJECTED``."""
+    return p_V.index_add(0, vocabulary_D, q_D, alpha=-1).clamp_min_(0).add_(p_V, alpha=REJECTED)
 
 
 def distribution(logits: Tensor, temperature: float) -> Tensor:
     """Probabilities ``[..., V]`` at ``temperature`` > 0, float32."""
-    logits = logits.float()
-    return (logits if temperature == 1 else logits / max(temperature, COLDEST)).softmax(-1)
+    if temperature != 1:
+        logits = logits.float() / max(temperature, COLDEST)
+    return logits.softmax(-1, dtype=torch.float32)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
+from ..models.generate import draw_one
 from .sampling import REJECTED, Judgement, distribution
 
 
@@ -107,7 +107,7 @@ def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: 
     # The first that pass are on one path from the root, and no node is behind its child: the last one is its end.
     standing_R = tree.on_path(torch.cat((first_N.new_ones(1), first_N)))
     last_1 = (standing_R * torch.arange(count + 1, device=standing_R.device)).amax(0, keepdim=True)
-    added_1 = draw(p_RV.index_select(0, last_1), uniform[:1])
+    added_1 = draw_one(p_RV.index_select(0, last_1).squeeze(0), uniform[:1])
     row, added, *flat = torch.cat((last_1, added_1, tree.parents, tree.tokens)).tolist()  # one wait
     parents, tokens, rows = flat[:count], flat[count:], list[int]()
     while row:

@@ -37,6 +37,13 @@ def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return found_B1.squeeze(1).clamp_max(probabilities_BV.shape[-1] - 1)
 
 
+def draw_one(probabilities_V: Tensor, uniform_1: Tensor) -> Tensor:
+    """:func:`draw` of one row, as ``[1]``, in fewer operations: between two forwards each is slow for being called once."""
+    cumulated_V = probabilities_V.cumsum(0, dtype=torch.float64)
+    # Without the last sum nothing is found behind the last token; in front of it the product never reaches the sum.
+    return torch.searchsorted(cumulated_V[:-1], uniform_1 * cumulated_V[-1:], right=True)
+
+
 def choose(logits_BV: Tensor, temperature_B: Tensor, uniform_B: Tensor) -> Tensor:
     """The next tokens ``[B]``: the most likely where the temperature is 0, else sampled."""
     greedy_B = logits_BV.argmax(-1)
