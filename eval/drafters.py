@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.generate import draw_one
-from .sampling import Drawn, Proposal, distribution
+from .sampling import Drawn, Proposal, UniformNumbers, distribution
 from .speculate import Sampling, Verdict
 from .trees import Tree, TreeShape
 
@@ -49,12 +49,13 @@ class HeadDrafter:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._sampling, self._random = Sampling(), torch.Generator()
+        self._sampling, self._uniform = Sampling(), UniformNumbers(head.device)
 
     def start(self, sampling: Sampling) -> None:
         """See :class:`~.speculate.Drafter`."""
         self._head.restart()
-        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed)
+        self._sampling = sampling
+        self._uniform.restart(2 * sampling.seed)
 
     def update(self, verdict: Verdict) -> None:
         """See :class:`~.speculate.Drafter`."""
@@ -74,9 +75,8 @@ class ChainDrafter(HeadDrafter):
         if self._sampling.temperature == 0 or self._sampling.drafting == "greedy":
             return self._greedy()
         head, y_1H = self._head, self._head.begin()
-        uniform_K1 = torch.rand(self._chain, 1, generator=self._random, dtype=torch.float64)
         chosen, rows = list[Tensor](), list[Tensor]()
-        for uniform_1 in uniform_K1.to(head.device, non_blocking=True).unbind():
+        for uniform_1 in self._uniform.take(self._chain).unsqueeze(1).unbind():
             if chosen:
                 y_1H = head.step(chosen[-1], y_1H)
             rows.append(distribution(head.logits(y_1H).squeeze(0), self._sampling.temperature))

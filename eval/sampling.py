@@ -6,7 +6,7 @@ from p. A greedily drafted token is a q of 1 at that token: accepted with probab
 
 Probabilities are float32, as the logits are: each is right to about 1e-6 of itself, also a small one, and the test only
 compares two of them. What is emitted follows the target's float32 distribution exactly but for the rounding of p - q. Sums
-over a vocabulary are another matter, and float64: those of the one row that a token is drawn from (:func:`draw`).
+over a vocabulary are another matter, and float64: those of the one row that a token is drawn from (:func:`draw_one`).
 
 Shapes: K drafted tokens, R = K + 1 rows, D draft vocabulary, V vocabulary.
 """
@@ -24,6 +24,32 @@ from ..models.generate import draw_one
 REJECTED = 1e-20
 #: Temperatures below it count as it: float32 holds no larger quotient of a logit. Both are as good as greedy.
 COLDEST = 1e-30
+#: Numbers that are drawn at a time.
+BLOCK = 1024
+
+
+class UniformNumbers:
+    """Independent numbers in [0, 1) of a seed, in their order, however many are taken at a time.
+
+    They are made and brought to ``device`` in blocks, so that a round takes a view and no more.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart(0)
+
+    def restart(self, seed: int) -> None:
+        """Begin with the numbers of ``seed``."""
+        self._random = torch.Generator().manual_seed(seed)
+        self._rest = torch.empty(0, dtype=torch.float64, device=self._device)
+
+    def take(self, count: int) -> Tensor:
+        """The next ``[count]``, float64."""
+        if len(self._rest) < count:
+            block = torch.rand(max(BLOCK, count), generator=self._random, dtype=torch.float64)
+            self._rest = torch.cat((self._rest, block.to(self._device, non_blocking=True)))
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
 
 
 class Drawn(NamedTuple):

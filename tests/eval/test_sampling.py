@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from eagle3.eval.drafters import ChainDrafter
-from eagle3.eval.sampling import Drawn, Judgement, Proposal, distribution, judge_greedy, judge_sampled, residual
+from eagle3.eval.sampling import (
+    BLOCK,
+    Drawn,
+    Judgement,
+    Proposal,
+    UniformNumbers,
+    distribution,
+    judge_greedy,
+    judge_sampled,
+    residual,
+)
 from eagle3.eval.speculate import Sampling
 from eagle3.models.generate import draw
 from torch.overrides import TorchFunctionMode
@@ -206,6 +216,15 @@ def test_judges_as_the_reference_in_float64(greedy: bool, temperature: float) ->
     assert len(compared) > 1
 
 
+def test_uniform_numbers_are_those_of_their_seed_however_many_are_taken() -> None:
+    numbers, counts = UniformNumbers(torch.device("cpu")), (1, 6, 700, 61, 2, 3 * BLOCK, 5, 400)
+    for seed in (3, 4, 3):
+        numbers.restart(seed)
+        taken = torch.cat([numbers.take(count) for count in counts])
+        plain = torch.rand(sum(counts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert taken.equal(plain)
+
+
 class Recorded(TorchFunctionMode):
     """Counts calls of torch, and keeps the sizes of the float64 tensors that they return."""
 
@@ -245,7 +264,7 @@ class Flat:
 @pytest.mark.parametrize("drafting", ["sampled", "greedy"])
 def test_only_a_row_that_is_drawn_from_is_float64(drafting: str) -> None:
     """Five draft tokens: of all that a round computes beside the models, in large tensors and in calls."""
-    chain, size = 5, 1000
+    chain, size = 5, 3 * BLOCK
     drafter = ChainDrafter(Flat(size), chain)  # type: ignore[arg-type]
     drafter.start(Sampling(1.0, drafting))
     logits, uniform = torch.zeros(chain + 1, 2 * size), torch.rand(chain + 1, dtype=torch.float64)
@@ -253,7 +272,7 @@ def test_only_a_row_that_is_drawn_from_is_float64(drafting: str) -> None:
         proposal = drafter.propose()
     with Recorded() as judged:
         judge_sampled(logits, proposal, 1.0, uniform)
-    large = [entry for entry in drafted.sizes + judged.sizes if entry > 2 * chain]
+    large = [entry for entry in drafted.sizes + judged.sizes if entry > 2 * BLOCK]
     # The sums of the one row, and a view of them.
     assert large == [size, size - 1] * chain * (drafting == "sampled") + [2 * size, 2 * size - 1]
     assert drafted.calls <= 11 * chain

@@ -510,7 +510,7 @@ class SameNumbers(ChainDrafter):
 
     def start(self, sampling: Sampling) -> None:
         super().start(sampling)
-        self._random = torch.Generator().manual_seed(2 * sampling.seed + 1)
+        self._uniform.restart(2 * sampling.seed + 1)
 
 
 def test_would_notice_a_drafter_that_draws_with_the_verifiers_numbers(tables: Tables) -> None:
