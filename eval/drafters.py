@@ -7,7 +7,7 @@
 Row t of the head pairs the target's features of token t with the embedding of token t+1. Tokens that stand enter its
 cache as rows with real features, all at once; the last of them drafts the next round's first token.
 
-Shapes: T tokens, H hidden, F features, K drafted tokens, D draft vocabulary, k nodes of a tree's level, S drafted rows.
+Shapes: T tokens, H hidden, F features, K drafted tokens, R = K + 1 rows, D draft vocabulary, k nodes of a tree's level, S drafted rows.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
-from .sampling import Proposal, distribution, spread
+from ..models.generate import draw_one
+from .sampling import Drawn, Proposal, UniformNumbers, distribution
 from .speculate import Sampling, Verdict
 from .trees import Tree, TreeShape
 
@@ -28,7 +28,6 @@ class Head(Protocol):
 
     device: torch.device
     vocabulary: Tensor
-    vocab_size: int
 
     def restart(self) -> None: ...
 
@@ -50,12 +49,13 @@ class HeadDrafter:
 
     def __init__(self, head: Head) -> None:
         self._head = head
-        self._sampling, self._random = Sampling(), torch.Generator()
+        self._sampling, self._uniform = Sampling(), UniformNumbers(head.device)
 
     def start(self, sampling: Sampling) -> None:
         """See :class:`~.speculate.Drafter`."""
         self._head.restart()
-        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed)
+        self._sampling = sampling
+        self._uniform.restart(2 * sampling.seed)
 
     def update(self, verdict: Verdict) -> None:
         """See :class:`~.speculate.Drafter`."""
@@ -68,22 +68,21 @@ class ChainDrafter(HeadDrafter):
     def __init__(self, head: Head, chain: int) -> None:
         super().__init__(head)
         self._chain = chain
+        self._nothing = torch.zeros(len(head.vocabulary), device=head.device)
 
     def propose(self) -> Proposal:
         """See :class:`~.speculate.Drafter`."""
         if self._sampling.temperature == 0 or self._sampling.drafting == "greedy":
             return self._greedy()
         head, y_1H = self._head, self._head.begin()
-        uniform_K = torch.rand(self._chain, generator=self._random, dtype=torch.float64).to(
-            head.device, non_blocking=True
-        )
         chosen, rows = list[Tensor](), list[Tensor]()
-        for step in range(self._chain):
-            if step:
+        for uniform_1 in self._uniform.take(self._chain).unsqueeze(1).unbind():
+            if chosen:
                 y_1H = head.step(chosen[-1], y_1H)
-            rows.append(distribution(head.logits(y_1H), self._sampling.temperature))
-            chosen.append(draw(rows[-1], uniform_K[step : step + 1]))
-        return Proposal(head.vocabulary[torch.cat(chosen)], spread(torch.cat(rows), head.vocabulary, head.vocab_size))
+            rows.append(distribution(head.logits(y_1H).squeeze(0), self._sampling.temperature))
+            chosen.append(draw_one(rows[-1], uniform_1))
+        ids_K, q_RD = torch.cat(chosen), torch.stack((*rows, self._nothing))
+        return Proposal(head.vocabulary.index_select(0, ids_K), Drawn(ids_K, q_RD, head.vocabulary))
 
     def _greedy(self) -> Proposal:
         head, y_1H = self._head, self._head.begin()
@@ -91,7 +90,7 @@ class ChainDrafter(HeadDrafter):
         while len(chosen) < self._chain:
             y_1H = head.step(chosen[-1], y_1H)
             chosen.append(head.logits(y_1H).argmax(-1))
-        return Proposal(head.vocabulary[torch.cat(chosen)])
+        return Proposal(head.vocabulary.index_select(0, torch.cat(chosen)))
 
 
 class TreeDrafter(HeadDrafter):

@@ -4,7 +4,11 @@ Speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1): accept a
 min(1, p(x) / q(x)); at the first rejection draw from the residual max(0, p - q), renormalised; after k acceptances draw
 from p. A greedily drafted token is a q of 1 at that token: accepted with probability p(x), residual p without x.
 
-Shapes: K drafted tokens, D draft vocabulary, V vocabulary.
+Probabilities are float32, as the logits are: each is right to about 1e-6 of itself, also a small one, and the test only
+compares two of them. What is emitted follows the target's float32 distribution exactly but for the rounding of p - q. Sums
+over a vocabulary are another matter, and float64: those of the one row that a token is drawn from (:func:`draw_one`).
+
+Shapes: K drafted tokens, R = K + 1 rows, D draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +18,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
+from ..models.generate import draw_one
+
+#: Weight that a rejected token keeps, of its probability: no draw notices it, unless rounding has left nothing else.
+REJECTED = 1e-20
+#: Temperatures below it count as it: float32 holds no larger quotient of a logit. Both are as good as greedy.
+COLDEST = 1e-30
+#: Numbers that are drawn at a time.
+BLOCK = 1024
+
+
+class UniformNumbers:
+    """Independent numbers in [0, 1) of a seed, in their order, however many are taken at a time.
+
+    They are made and brought to ``device`` in blocks, so that a round takes a view and no more.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart(0)
+
+    def restart(self, seed: int) -> None:
+        """Begin with the numbers of ``seed``."""
+        self._random = torch.Generator().manual_seed(seed)
+        self._rest = torch.empty(0, dtype=torch.float64, device=self._device)
+
+    def take(self, count: int) -> Tensor:
+        """The next ``[count]``, float64."""
+        if len(self._rest) < count:
+            block = torch.rand(max(BLOCK, count), generator=self._random, dtype=torch.float64)
+            self._rest = torch.cat((self._rest, block.to(self._device, non_blocking=True)))
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken
+
+
+class Drawn(NamedTuple):
+    """How the tokens of a chain were sampled.
+
+    ``ids`` ``[K]`` and ``probabilities`` ``[R, D]`` are over the draft vocabulary, whose target ids are ``vocabulary``
+    ``[D]``. Row i is what token i was drawn from; the last row is 0, since nothing was drafted behind the chain.
+    """
+
+    ids: Tensor
+    probabilities: Tensor
+    vocabulary: Tensor
 
 
 class Proposal(NamedTuple):
-    """Drafted token ids ``[K]`` and the distributions ``[K, V]`` they were drawn from; None if chosen greedily."""
+    """Drafted token ids ``[K]``, and how they were sampled; None if chosen greedily."""
 
     tokens: Tensor
-    probabilities: Tensor | None = None
+    drawn: Drawn | None = None
 
 
 class Judgement(NamedTuple):
@@ -61,15 +108,23 @@ def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, unifor
         temperature: above 0; ``proposal`` must have been drawn at its own temperature already.
         uniform: ``[K + 1]`` independent numbers in [0, 1): one per drafted token, one for the token that is added.
     """
-    p_KV = distribution(logits, temperature)
-    if not len(proposal.tokens):
-        return Judgement([], [int(draw(p_KV, uniform))])
-    at_K1 = proposal.tokens[:, None]
-    p_K = p_KV[:-1].gather(1, at_K1)[:, 0]
-    q_K = 1.0 if proposal.probabilities is None else proposal.probabilities.gather(1, at_K1)[:, 0]
-    accepted_1 = (uniform[:-1] * q_K < p_K).cumprod(0).sum(0, keepdim=True)
-    added_1 = draw(residual(p_KV.index_select(0, accepted_1), proposal, accepted_1), uniform[-1:])
-    accepted, added, *tokens = torch.cat((accepted_1, added_1, proposal.tokens)).tolist()  # one wait
+    p_RV = distribution(logits, temperature)
+    tokens_K, drawn = proposal
+    if not len(tokens_K):
+        return Judgement([], draw_one(p_RV[0], uniform).tolist())
+    at_K1, uniform_K1 = tokens_K.unsqueeze(1), uniform[:-1].unsqueeze(1)
+    p_K1 = p_RV.gather(1, at_K1)
+    if drawn is None:
+        accepted_1 = _leading(uniform_K1 < p_K1)
+        # The last row has no drafted token to lose.
+        left_V = p_RV.scatter_(1, at_K1, p_K1 * REJECTED).index_select(0, accepted_1).squeeze(0)
+    else:
+        q_K1 = drawn.probabilities.gather(1, drawn.ids.unsqueeze(1))
+        accepted_1 = _leading(uniform_K1 < p_K1 / q_K1)
+        p_1V, q_1D = (each.index_select(0, accepted_1) for each in (p_RV, drawn.probabilities))
+        left_V = residual(p_1V.squeeze(0), q_1D.squeeze(0), drawn.vocabulary)
+    added_1 = draw_one(left_V, uniform[-1:])
+    accepted, added, *tokens = torch.cat((accepted_1, added_1, tokens_K)).tolist()  # one wait
     return _first(accepted, tokens, added)
 
 
@@ -78,27 +133,18 @@ def _first(accepted: int, tokens: list[int], added: int) -> Judgement:
     return Judgement(list(range(1, accepted + 1)), [*tokens[:accepted], added])
 
 
-def residual(p_1V: Tensor, proposal: Proposal, accepted_1: Tensor) -> Tensor:
-    """``max(0, p - q)`` ``[1, V]``, not normalised, of the token at which so many stood; q is 0 where all did.
+def _leading(passed_K1: Tensor) -> Tensor:
+    """How many there are before the first that failed, ``[1]``."""
+    return passed_K1.cumprod(0).sum(0)
 
-    Where rounding leaves nothing it is ``p`` itself.
-    """
-    count = len(proposal.tokens)
-    rejects_1 = (accepted_1 < count).double()
-    row_1 = accepted_1.clamp_max(count - 1)
-    if proposal.probabilities is None:
-        q_1V = torch.zeros_like(p_1V).scatter_(1, proposal.tokens[row_1][None], 1.0)
-    else:
-        q_1V = proposal.probabilities.index_select(0, row_1)
-    left_1V = (p_1V - rejects_1 * q_1V).clamp_min(0)
-    return torch.where(left_1V.any(), left_1V, p_1V)
+
+def residual(p_V: Tensor, q_D: Tensor, vocabulary_D: Tensor) -> Tensor:
+    """``max(0, p - q)`` ``[V]``, not normalised, for q over the draft vocabulary; never 0 everywhere: see ``REJECTED``."""
+    return p_V.index_add(0, vocabulary_D, q_D, alpha=-1).clamp_min_(0).add_(p_V, alpha=REJECTED)
 
 
 def distribution(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities ``[..., V]`` at ``temperature`` > 0, in float64 so that ratios of small ones mean something."""
-    return (logits.double() / temperature).softmax(-1)
-
-
-def spread(q_KD: Tensor, vocabulary_D: Tensor, size: int) -> Tensor:
-    """Draft probabilities ``[K, D]`` over the target's vocabulary ``[K, V]``: 0 for tokens the draft cannot say."""
-    return q_KD.new_zeros(len(q_KD), size).index_copy_(1, vocabulary_D, q_KD)
+    """Probabilities ``[..., V]`` at ``temperature`` > 0, float32."""
+    if temperature != 1:
+        logits = logits.float() / max(temperature, COLDEST)
+    return logits.softmax(-1, dtype=torch.float32)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..models.native.target import NativeTarget
 from ..models.target import Target
 from .agreement import agreed, decided
-from .sampling import Judgement, Proposal, judge_greedy, judge_sampled
+from .sampling import Judgement, Proposal, UniformNumbers, judge_greedy, judge_sampled
 from .traces import Round
 from .trees import Tree, judge_tree, judge_tree_sampled
 
@@ -139,14 +139,15 @@ class TargetVerifier:
     def __init__(self, target: Target, capacity: int) -> None:
         self._target = target
         self._cache = target.new_cache(capacity)
-        self._sampling, self._random = Sampling(), torch.Generator()
+        self._sampling, self._uniform = Sampling(), UniformNumbers(target.device)
         self._last = 0
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
         """See :class:`Verifier`."""
         self._cache.rollback(0)
+        self._sampling = sampling
         # The drafter draws from the even seeds: acceptance must not depend on the numbers that chose the tokens.
-        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
+        self._uniform.restart(2 * sampling.seed + 1)
         output = self._target.forward(torch.tensor([list(prompt)]), self._cache)
         judged = self._judge(self._target.logits(output.last_hidden[0, -1:]), None)
         self._last = judged.tokens[-1]
@@ -171,8 +172,7 @@ class TargetVerifier:
             proposal = Proposal(torch.empty(0, dtype=torch.long, device=logits.device))
         if self._sampling.temperature == 0:
             return judge_greedy(logits, proposal.tokens)
-        uniform = torch.rand(len(logits), generator=self._random, dtype=torch.float64).to(logits.device)
-        return judge_sampled(logits, proposal, self._sampling.temperature, uniform)
+        return judge_sampled(logits, proposal, self._sampling.temperature, self._uniform.take(len(logits)))
 
 
 class NativeVerifier:
@@ -187,13 +187,14 @@ class NativeVerifier:
 
     def __init__(self, target: NativeTarget, capacity: int) -> None:
         self._target, self._cache = target, target.new_cache(capacity)
-        self._sampling, self._random = Sampling(), torch.Generator()
+        self._sampling, self._uniform = Sampling(), UniformNumbers(target.device)
         self._last, self._nothing = 0, Proposal(torch.empty(0, dtype=torch.long, device=target.device))
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> Verdict:
         """See :class:`Verifier`."""
         self._cache.rollback(0)
-        self._sampling, self._random = sampling, torch.Generator().manual_seed(2 * sampling.seed + 1)
+        self._sampling = sampling
+        self._uniform.restart(2 * sampling.seed + 1)
         output = self._target.forward(torch.tensor(prompt), self._cache)
         self._last = self._decide(self._target.logits(output.last_hidden[-1:]), self._nothing).tokens[-1]
         return Verdict([*prompt[1:], self._last], output.features)
@@ -203,16 +204,16 @@ class NativeVerifier:
         drafted = self._nothing if proposal is None else proposal
         if proposal is not None and self._target.group is not None:
             drafted = agreed(self._target.group, proposal)
-        before, tree = self._cache.length, isinstance(drafted, Tree)
+        before = self._cache.length
         ids = torch.cat((self._there(torch.tensor([self._last])), drafted.tokens))
         output = self._target.forward(ids, self._cache, drafted.ancestors() if isinstance(drafted, Tree) else None)
         judged = self._decide(self._target.logits(output.last_hidden), drafted)
-        self._last = judged.tokens[-1]
+        self._last, count = judged.tokens[-1], len(judged.tokens)
+        if not isinstance(drafted, Tree):
+            self._cache.rollback(before + count)
+            return Verdict(judged.tokens, output.features[:count])
         path = self._there(torch.tensor([0, *judged.rows]))
-        if tree:
-            self._cache.keep(path)
-        else:
-            self._cache.rollback(before + len(judged.tokens))
+        self._cache.keep(path)
         return Verdict(judged.tokens, output.features.index_select(0, path))
 
     def _there(self, x: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ class NativeVerifier:
         temperature = self._sampling.temperature
         if temperature == 0:
             return judge_tree(logits, proposal) if isinstance(proposal, Tree) else judge_greedy(logits, proposal.tokens)
-        uniform = self._there(torch.rand(len(logits), generator=self._random, dtype=torch.float64))
+        uniform = self._uniform.take(len(logits))
         if isinstance(proposal, Tree):
             return judge_tree_sampled(logits, proposal, temperature, uniform)
         return judge_sampled(logits, proposal, temperature, uniform)

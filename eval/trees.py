@@ -17,13 +17,14 @@ Shapes: N nodes, root excluded; R = N + 1 rows; V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.generate import draw
-from .sampling import Judgement, distribution
+from ..models.generate import draw_one
+from .sampling import REJECTED, Judgement, distribution
 
 
 class TreeShape(NamedTuple):
@@ -46,12 +47,24 @@ class Tree(NamedTuple):
 
     def ancestors(self) -> Tensor:
         """Which rows are on the path to each, itself included: bool ``[N + 1, N + 1]``."""
-        own = torch.eye(len(self.parents) + 1, dtype=torch.bool, device=self.parents.device)
-        parents = torch.cat((self.parents.new_zeros(1), self.parents))
-        found = own
-        for _ in range(self.depth):
-            found = own | found[parents]
+        found = torch.eye(len(self.parents) + 1, dtype=torch.bool, device=self.parents.device)
+        for above in self._above():
+            found = found | found.index_select(0, above)
         return found
+
+    def on_path(self, accepted: Tensor) -> Tensor:
+        """Which rows are ``accepted`` with all their ancestors: bool ``[N + 1]`` to bool ``[N + 1]``."""
+        for above in self._above():
+            accepted = accepted & accepted.index_select(0, above)
+        return accepted
+
+    def _above(self) -> Iterator[Tensor]:
+        """Of each row the row 1, 2, 4, ... levels above it, the root at most: a path in as few steps as its length has bits."""
+        above = torch.cat((self.parents.new_zeros(1), self.parents))
+        yield above
+        for _ in range(self.depth.bit_length() - 1):
+            above = above.index_select(0, above)
+            yield above
 
 
 def judge_tree(logits: Tensor, tree: Tree) -> Judgement:
@@ -83,22 +96,22 @@ def judge_tree_sampled(logits: Tensor, tree: Tree, temperature: float, uniform: 
             its node.
     """
     p_RV = distribution(logits, temperature)
-    children = tree.parents, tree.tokens
-    left_RV = p_RV.index_put(children, p_RV.new_zeros(()))
-    left_RV = torch.where(left_RV.any(1, keepdim=True), left_RV, p_RV)  # rounding can leave nothing
-    # Of every row what would be added if its children were all rejected, so that there is one wait.
-    added_R = draw(left_RV, uniform[:1].expand(len(left_RV)))
-    count = len(tree.tokens)
-    numbers = p_RV[children], uniform[1:], tree.parents.double(), tree.tokens.double(), added_R.double()
-    flat = torch.cat(numbers).tolist()
-    p, chances, parents, tokens = (flat[at * count : (at + 1) * count] for at in range(4))
-    rows, row, left = list[int](), 0, 1.0
-    for node, parent in enumerate(parents):
-        if parent != row:
-            continue
-        if chances[node] * left < p[node]:
-            rows.append(node + 1)
-            row, left = node + 1, 1.0
-        else:
-            left -= p[node]
-    return Judgement(rows, [*(int(tokens[row - 1]) for row in rows), int(flat[4 * count + row])])
+    children, count = (tree.parents, tree.tokens), len(tree.tokens)
+    p_N = p_RV[children]
+    p_RV.index_put_(children, p_N * REJECTED)
+    # A node is judged by what is left when its earlier siblings are rejected, as if its parent and all of them were.
+    p_N = p_N.double()
+    earlier_NN = (tree.parents.unsqueeze(1) == tree.parents).tril(-1).double()
+    passed_N = (uniform[1:] * (1 - earlier_NN @ p_N) < p_N).double()
+    first_N = passed_N > earlier_NN @ passed_N
+    # The first that pass are on one path from the root, and no node is behind its child: the last one is its end.
+    standing_R = tree.on_path(torch.cat((first_N.new_ones(1), first_N)))
+    last_1 = (standing_R * torch.arange(count + 1, device=standing_R.device)).amax(0, keepdim=True)
+    added_1 = draw_one(p_RV.index_select(0, last_1).squeeze(0), uniform[:1])
+    row, added, *flat = torch.cat((last_1, added_1, tree.parents, tree.tokens)).tolist()  # one wait
+    parents, tokens, rows = flat[:count], flat[count:], list[int]()
+    while row:
+        rows.append(row)
+        row = parents[row - 1]
+    rows.reverse()
+    return Judgement(rows, [*(tokens[row - 1] for row in rows), added])

@@ -13,7 +13,7 @@ import torch
 from eagle3.configs.settings import TargetSettings
 from eagle3.eval.agreement import agreed, decided
 from eagle3.eval.drafters import ChainDrafter, HeadDrafter, TreeDrafter
-from eagle3.eval.sampling import Judgement, Proposal
+from eagle3.eval.sampling import Drawn, Judgement, Proposal
 from eagle3.eval.speculate import Decoded, Limits, NativeVerifier, Sampling, decode
 from eagle3.eval.trees import Tree, TreeShape
 from eagle3.models.draft import Eagle3Draft
@@ -102,7 +102,7 @@ def _member(group: Group, folders: dict[str, Path], head: Drafts) -> dict[Any, A
         _apart(target, group.rank)
         found |= {(name, *way, "apart"): answers(target, head(group.rank), *way) for way in DRAFTED}
     row = torch.arange(3) + 10 * group.rank
-    chain = Proposal(row, torch.full((3, 4), float(group.rank)))
+    chain = Proposal(row, Drawn(row, torch.full((4, 4), float(group.rank)), torch.arange(4)))
     tree = Tree(row, row - 1, 2)
     found["agreed"] = agreed(group, chain), agreed(group, tree), chain, tree
     found["decided"] = [
@@ -173,7 +173,7 @@ def test_of_a_proposal_all_that_is_verified_is_rank_0s(computed: list[dict[Any, 
         chain, tree, own_chain, own_tree = member["agreed"]
         assert chain.tokens.tolist() == tree.tokens.tolist() == [0, 1, 2]
         assert (tree.parents.tolist(), tree.depth) == ([-1, 0, 1], 2)
-        assert chain.probabilities.unique().tolist() == [rank]
+        assert chain.drawn.probabilities.unique().tolist() == [rank]
         # ... and the drafter's own tensors are left alone.
         assert own_chain.tokens.tolist() == own_tree.tokens.tolist() == [10 * rank, 10 * rank + 1, 10 * rank + 2]
         assert member["decided"] == [([], [7]), ([1, 3], [1, 3, 7]), ([1, 2, 3], [1, 2, 3, 7])]

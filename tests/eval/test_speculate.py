@@ -16,7 +16,7 @@ import torch
 from eagle3.eval import speculate
 from eagle3.eval.drafters import ChainDrafter
 from eagle3.eval.metrics import Acceptance, acceptance
-from eagle3.eval.sampling import Judgement, Proposal, distribution, judge_sampled, spread
+from eagle3.eval.sampling import Judgement, Proposal, distribution, judge_sampled
 from eagle3.eval.speculate import Decoded, Limits, Sampling, TargetVerifier, Verdict, decode
 from eagle3.eval.traces import SPECULATIVE, Round, Trace
 from eagle3.models.draft import Eagle3Draft
@@ -269,7 +269,7 @@ class Helped(ChainDrafter):
         self.own.append((self.told, own))
         at, depth = self.told - self.before, next(self.depths)
         helped = [*self.text[at : at + depth], *own.tokens.tolist()[depth:]]
-        return Proposal(torch.tensor(helped), own.probabilities)
+        return own._replace(tokens=torch.tensor(helped))
 
 
 def chain_without_cache(draft: Eagle3Draft, target: Target, text: Sequence[int], choose: Any) -> tuple[Tensor, Tensor]:
@@ -318,7 +318,7 @@ def test_chains_are_lossless_and_those_of_a_head_without_cache(
             expected, logits = chain_without_cache(draft, tiny_target, standing, lambda _, row: int(row.argmax()))
             best = logits.topk(2).values
             assert (best[:, 0] - best[:, 1]).min() > 1e-4  # otherwise rounding could decide
-            assert torch.equal(own.tokens, expected) and own.probabilities is None
+            assert torch.equal(own.tokens, expected) and own.drawn is None
             said |= set(expected.tolist())
     assert said <= set(draft.draft_ids.tolist())
     assert len(said) > 4
@@ -362,10 +362,11 @@ def test_sampled_chains_state_the_distributions_they_were_drawn_from(
         standing,
         lambda step, row: int(draw(distribution(row, temperature)[None], uniform[step : step + 1])),
     )
-    assert own.probabilities is not None and torch.equal(own.tokens, tokens)
-    expected = spread(distribution(rows, temperature), draft.draft_ids, tiny_target.info.vocab_size)
-    torch.testing.assert_close(own.probabilities, expected, atol=1e-4, rtol=1e-3)
-    assert bool((own.probabilities.gather(1, own.tokens[:, None]) > 0).all())
+    assert own.drawn is not None and torch.equal(own.tokens, tokens)
+    ids, probabilities, vocabulary = own.drawn
+    assert vocabulary.equal(draft.draft_ids) and vocabulary[ids].equal(tokens)
+    torch.testing.assert_close(probabilities[:-1], distribution(rows, temperature), atol=1e-4, rtol=1e-3)
+    assert bool((probabilities.gather(1, ids[:, None]) > 0).all()) and not probabilities[-1].any()
 
 
 # --- T > 0: the real loop, verifier and drafter over models that are tables
@@ -415,7 +416,7 @@ class TableTarget:
 class TableHead:
     """A head whose next token depends on the last one: ``logits_VD``."""
 
-    device, vocabulary, vocab_size = torch.device("cpu"), VOCABULARY, V
+    device, vocabulary = torch.device("cpu"), VOCABULARY
 
     def __init__(self, logits_VD: Tensor) -> None:
         self.logits_VD = logits_VD
@@ -509,7 +510,7 @@ class SameNumbers(ChainDrafter):
 
     def start(self, sampling: Sampling) -> None:
         super().start(sampling)
-        self._random = torch.Generator().manual_seed(2 * sampling.seed + 1)
+        self._uniform.restart(2 * sampling.seed + 1)
 
 
 def test_would_notice_a_drafter_that_draws_with_the_verifiers_numbers(tables: Tables) -> None:
@@ -535,7 +536,7 @@ def test_sampled_acceptance_is_what_the_distributions_say(temperature: float, dr
     """A drafted token stands with probability sum(min(p, q)); a greedy one with its own under the target."""
     p, q = (torch.tensor([0.3, 0.2, 0.3, 0.2]), torch.tensor([0.1, 0.3, 0.6]))
     p_V = distribution(p.log(), temperature)
-    q_V = spread(distribution(q.log(), temperature)[None], VOCABULARY, V)[0]
+    q_V = torch.zeros(V).index_copy(0, VOCABULARY, distribution(q.log(), temperature))
     stands = float(torch.minimum(p_V, q_V).sum() if drafting == "sampled" else p_V[q_V.argmax()])
     counted = long_answer(p.tolist(), q.tolist(), drafting, temperature)
     for position, found in enumerate(counted.by_position, 1):

@@ -55,6 +55,76 @@ def test_the_greedy_path_by_hand(said: list[int], rows: list[int], tokens: list[
     assert judge_tree(logits, tree_of()) == Judgement(rows, tokens)
 
 
+def reference(logits: Tensor, tree: Tree, temperature: float, uniform: Tensor) -> tuple[Judgement, float]:
+    """Node by node in float64, and how near any decision was to going the other way."""
+    p_RV = (logits.double() / temperature).softmax(-1)
+    parents, tokens, numbers = tree.parents.tolist(), tree.tokens.tolist(), uniform.tolist()
+    rows, row, margin = list[int](), 0, 1.0
+    left_V = p_RV[0].clone()
+    for node, (parent, token) in enumerate(zip(parents, tokens, strict=True), 1):
+        if parent != row:
+            continue
+        margin = min(margin, abs(numbers[node] * float(left_V.sum()) - float(left_V[token])))
+        if numbers[node] * left_V.sum() < left_V[token]:
+            rows.append(node)
+            row, left_V = node, p_RV[node].clone()
+        else:
+            left_V[token] = 0.0
+    passed_V = left_V.cumsum(0)
+    at = numbers[0] * float(passed_V[-1])
+    margin = min(margin, float((passed_V - at).abs().min()))
+    return Judgement(rows, [*(tokens[row - 1] for row in rows), int((passed_V > at).int().argmax())]), margin
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_trees_are_judged_as_by_the_reference_in_float64(temperature: float) -> None:
+    """Random trees over what is likely: the same nodes and tokens for the same numbers."""
+    size, nodes, rounds, depths = 60, 20, 200, Counter[int]()
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(rounds):
+        logits = 2 * torch.randn(nodes + 1, size, generator=generator)
+        parents, tokens, levels = list[int](), list[int](), [0]
+        for row in range(nodes):
+            parent = int(torch.randint(max(0, row - 6), row + 1, (), generator=generator))
+            likely = logits[parent].sort(descending=True).indices.tolist()
+            parents.append(parent)
+            tokens.append(likely[parents.count(parent) - 1])
+            levels.append(levels[parent] + 1)
+        tree = tree_of(tokens, parents, max(levels))
+        uniform = torch.rand(nodes + 1, generator=generator, dtype=torch.float64)
+        expected, margin = reference(logits, tree, temperature, uniform)
+        if margin > 1e-6:
+            assert judge_tree_sampled(logits, tree, temperature, uniform) == expected
+            depths[len(expected.rows)] += 1
+    assert sum(depths.values()) > 0.95 * rounds
+    assert len(depths) > 3
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
+def test_children_that_are_all_that_can_follow_leave_nothing_else(number: float) -> None:
+    """Two children have all of the probability; rounding may reject both, and then one of them comes all the same."""
+    for share in torch.linspace(0.01, 0.99, 99):
+        logits = torch.stack((share, 1 - share, torch.zeros(()), torch.zeros(()))).log().expand(3, -1)
+        uniform = torch.full((3,), number, dtype=torch.float64)
+        assert judge_tree_sampled(logits, tree_of([0, 1], [0, 0], 1), 1.0, uniform).tokens[0] in (0, 1)
+
+
+@pytest.mark.parametrize("depth", range(1, 10))
+def test_a_path_of_any_length_is_found(depth: int) -> None:
+    """A chain, with a second child of the root behind it."""
+    tree = tree_of([1] * depth + [2], [*range(depth), 0], depth)
+    assert tree.ancestors()[:-1, :-1].equal(torch.ones(depth + 1, depth + 1, dtype=torch.bool).tril())
+    logits = torch.full((depth + 2, 4), -20.0)
+    logits[:, 1] = 20.0
+    uniform = torch.full((depth + 2,), 0.5, dtype=torch.float64)
+    for stop in range(depth + 1):
+        other = logits.clone()
+        other[stop] = torch.tensor([-20.0, -20.0, -20.0, 20.0])
+        judged = judge_tree_sampled(other, tree, 1.0, uniform)
+        expected = [*range(1, stop + 1)], [1] * stop + [3]
+        assert judged == (expected if stop < depth else ([*range(1, depth + 1)], [1] * depth + [3]))
+
+
 DRAWS = 100_000
 
 

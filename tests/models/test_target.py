@@ -9,7 +9,7 @@ import pytest
 import torch
 from eagle3.configs.errors import UserError
 from eagle3.configs.settings import TargetSettings
-from eagle3.models.generate import draw
+from eagle3.models.generate import draw, draw_one
 from eagle3.models.target import Target, check_head, load_target
 from transformers import (
     AutoTokenizer,
@@ -158,7 +158,22 @@ def test_draws_follow_the_distribution() -> None:
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     drawn = draw(p.expand(10_000, -1), uniform.double()).bincount(minlength=6)
     assert drawn.tolist() == [0, 5000, 0, 2000, 3000, 0]
-    assert draw(p[None], torch.zeros(1, dtype=torch.float64)).item() == 1
+    assert torch.cat([draw_one(p, number) for number in uniform[:, None].double()]).bincount(minlength=6).equal(drawn)
+    for number, token in ((0.0, 1), (1 - 2**-53, 4)):
+        edge = torch.tensor([number], dtype=torch.float64)
+        assert draw(p[None], edge).tolist() == draw_one(p, edge).tolist() == [token]
+
+
+def test_draws_reach_what_is_too_unlikely_for_sums_in_float32() -> None:
+    """Behind a token of nearly all probability, the others of a large vocabulary are nearer than floats below 1."""
+    count = 202_048
+    weights = torch.full((count,), 5e-9)
+    weights[0] = 1.0
+    one, rest = weights[:2].double()
+    expected = torch.arange(1, count, 997)
+    uniform = (one + (expected.double() - 0.5) * rest) / (one + (count - 1) * rest)
+    assert draw(weights.expand(9, -1), uniform[-9:]).equal(expected[-9:])
+    assert torch.cat([draw_one(weights, number) for number in uniform[:, None]]).equal(expected)
 
 
 @pytest.mark.parametrize("layers", [(1, 1, 2), (3, 1), (0, 8), (-1,), ()])
