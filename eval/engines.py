@@ -64,8 +64,10 @@ def load_engine(
 
 
 def engine_name(target: AnyTarget) -> str:
-    """The engine and its version, as reports say it."""
-    return f"eagle3 native, torch {torch.__version__}" if isinstance(target, NativeTarget) else ENGINE
+    """The engine, its arithmetic and its version, as reports say it."""
+    if not isinstance(target, NativeTarget):
+        return ENGINE
+    return f"eagle3 native ({target.decoder.operations.described}), torch {torch.__version__}"
 
 
 def make_verifier(target: AnyTarget, capacity: int) -> Verifier:

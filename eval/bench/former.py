@@ -19,7 +19,7 @@ class PlainHead:
 
     def __init__(self, draft: Eagle3Draft, embedding: Tensor, capacity: int) -> None:
         self._draft, self._embedding = draft, embedding
-        self.device, self.vocab_size, self.vocabulary = embedding.device, len(embedding), draft.draft_ids
+        self.device, self.vocabulary = embedding.device, draft.draft_ids
         self._own_embedding = embedding[self.vocabulary]
         self._cache = draft.new_cache(1, capacity)
         self._positions = torch.arange(capacity, device=self.device)[None]

@@ -74,7 +74,7 @@ class NativeDraft:
     ) -> None:
         self._shape, self._embedding, self._group = draft.config, embedding, group
         share = WHOLE if group is None else group.share
-        self.device, self.vocab_size = embedding.device, len(embedding)
+        self.device = embedding.device
         #: Target ids ``[D]`` of the draft vocabulary.
         self.vocabulary = draft.draft_ids.to(self.device)
         config = dealt_config(draft.config, share)

@@ -57,8 +57,8 @@ class Operations:
 
     @property
     def described(self) -> str:
-        """For reports: how products of few rows are computed."""
-        return "torch products"
+        """For reports: what multiplies few rows."""
+        return "products by torch"
 
     def prepare(self, matrices: Iterable[Matrix]) -> None:
         """Make ready for products of few rows with ``matrices``, which are the very objects that will be given."""

@@ -5,6 +5,8 @@ Shape suffixes: T tokens, I inputs, O outputs, H hidden.
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,8 +56,8 @@ class CompiledOperations(Operations):
 
     @property
     def described(self) -> str:
-        """For reports: how products of few rows are computed."""
-        return f"{self.library.isa} products"
+        """See :class:`Operations`."""
+        return f"compiled products, {self.library.isa}"
 
     def prepare(self, matrices: Iterable[Matrix]) -> None:
         """See :class:`Operations`: pack what is small, and time each shape beside plain torch, both in one thread."""
@@ -218,11 +220,17 @@ def _seconds(work: Callable[[], None]) -> float:
     return min(found)
 
 
+@functools.cache
+def _say(reason: str) -> None:
+    """Once a process: without compiled products everything is right, and slower."""
+    print(f"products of few rows are left to torch, which is slower: {reason}", file=sys.stderr, flush=True)
+
+
 def make_operations(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Operations:
     """Compiled where that can be had and may pay: float32 on a CPU, and a compiler; else plain torch."""
     if device.type == "cpu" and dtype == torch.float32:
         try:
             return CompiledOperations(config, load_library())
-        except Unavailable:
-            pass
+        except Unavailable as reason:
+            _say(str(reason))
     return Operations(config, device)

@@ -173,7 +173,9 @@ def test_what_is_large_or_narrow_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
         assert len(made._fast) == kept
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     load_library.cache_clear()
@@ -181,7 +183,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         with pytest.raises(Unavailable, match=r"no C\+\+ compiler"):
             load_library()
         made = make_operations(config(), CPU, torch.float32)
-        assert type(made) is Operations and made.described == "torch products"
+        assert type(made) is Operations and made.described == "products by torch"
+        assert "left to torch, which is slower: no C++ compiler" in capsys.readouterr().err
     finally:
         load_library.cache_clear()
 
