@@ -17,8 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.generate import draw_one
-from .sampling import Drawn, Proposal, UniformNumbers, distribution
+from .sampling import Drawn, Proposal, UniformNumbers, draw_token
 from .speculate import Sampling, Verdict
 from .trees import Tree, TreeShape
 
@@ -79,8 +78,9 @@ class ChainDrafter(HeadDrafter):
         for uniform_1 in self._uniform.take(self._chain).unsqueeze(1).unbind():
             if chosen:
                 y_1H = head.step(chosen[-1], y_1H)
-            rows.append(distribution(head.logits(y_1H).squeeze(0), self._sampling.temperature))
-            chosen.append(draw_one(rows[-1], uniform_1))
+            id_1, q_D = draw_token(head.logits(y_1H).squeeze(0), self._sampling.temperature, uniform_1)
+            chosen.append(id_1)
+            rows.append(q_D)
         ids_K, q_RD = torch.cat(chosen), torch.stack((*rows, self._nothing))
         return Proposal(head.vocabulary.index_select(0, ids_K), Drawn(ids_K, q_RD, head.vocabulary))
 

@@ -8,6 +8,8 @@ Probabilities are float32, as the logits are: each is right to about 1e-6 of its
 compares two of them. What is emitted follows the target's float32 distribution exactly but for the rounding of p - q. Sums
 over a vocabulary are another matter, and float64: those of the one row that a token is drawn from (:func:`draw_one`).
 
+On a CPU compiled functions do each in one call (:mod:`..models.native.cpu`); what follows here is their plain reference.
+
 Shapes: K drafted tokens, R = K + 1 rows, D draft vocabulary, V vocabulary.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..models.generate import draw_one
+from ..models.native.cpu import sampling as cpu
 
 #: Weight that a rejected token keeps, of its probability: no draw notices it, unless rounding has left nothing else.
 REJECTED = 1e-20
@@ -108,8 +111,13 @@ def judge_sampled(logits: Tensor, proposal: Proposal, temperature: float, unifor
         temperature: above 0; ``proposal`` must have been drawn at its own temperature already.
         uniform: ``[K + 1]`` independent numbers in [0, 1): one per drafted token, one for the token that is added.
     """
-    p_RV = distribution(logits, temperature)
     tokens_K, drawn = proposal
+    if cpu.suits(logits):
+        coldest = max(temperature, COLDEST)
+        by = None if drawn is None else (drawn.ids, drawn.probabilities, drawn.vocabulary)
+        at, added = cpu.accept(logits, tokens_K, coldest, uniform, REJECTED, by)
+        return _first(at, tokens_K.tolist(), added)
+    p_RV = distribution(logits, temperature)
     if not len(tokens_K):
         return Judgement([], draw_one(p_RV[0], uniform).tolist())
     at_K1, uniform_K1 = tokens_K.unsqueeze(1), uniform[:-1].unsqueeze(1)
@@ -141,6 +149,14 @@ def _leading(passed_K1: Tensor) -> Tensor:
 def residual(p_V: Tensor, q_D: Tensor, vocabulary_D: Tensor) -> Tensor:
     """``max(0, p - q)`` ``[V]``, not normalised, for q over the draft vocabulary; never 0 everywhere: see ``REJECTED``."""
     return p_V.index_add(0, vocabulary_D, q_D, alpha=-1).clamp_min_(0).add_(p_V, alpha=REJECTED)
+
+
+def draw_token(logits_D: Tensor, temperature: float, uniform_1: Tensor) -> tuple[Tensor, Tensor]:
+    """A token ``[1]`` drawn at ``temperature`` > 0 with a number in [0, 1), and the probabilities ``[D]`` it was drawn from."""
+    if cpu.suits(logits_D):
+        return cpu.draw(logits_D, max(temperature, COLDEST), uniform_1)
+    q_D = distribution(logits_D, temperature)
+    return draw_one(q_D, uniform_1), q_D
 
 
 def distribution(logits: Tensor, temperature: float) -> Tensor:

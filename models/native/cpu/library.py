@@ -38,7 +38,11 @@ ARGUMENTS: dict[str, list[Any]] = {
     "eagle3_norm": [P, N, N, P, c_double, P],
     "eagle3_mlp": [P, N, N, N, P, P, P],
     "eagle3_experts": [P, N, N, N, N, N, P, P, P, P, P, P],
+    "eagle3_packed_size": [N, N],
+    "eagle3_draw": [P, N, c_double, P, P, P],
+    "eagle3_accept": [P, N, N, c_double, P, P, P, N, P, P, c_double, P],
 }
+COUNTS = ("eagle3_packed_size", "eagle3_accept")
 
 
 class Unavailable(Exception):
@@ -77,7 +81,8 @@ def load_library() -> Library:
         raise Unavailable(f"{path} cannot be loaded: {error}") from error
     for name, types in ARGUMENTS.items():
         getattr(functions, name).argtypes, getattr(functions, name).restype = types, None
-    functions.eagle3_packed_size.argtypes, functions.eagle3_packed_size.restype = [N, N], N
+    for name in COUNTS:
+        getattr(functions, name).restype = N
     functions.eagle3_isa.restype = c_char_p
     return Library(functions, functions.eagle3_isa().decode(), version)
 

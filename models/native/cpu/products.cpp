@@ -1,4 +1,4 @@
-// Products of a few rows on a CPU core: what plain decoding and verification spend their time on.
+// Products of a few rows on a CPU core, and draws from their logits: what plain decoding and verification spend their time on.
 //
 // Library products are made for hundreds of rows: with one to sixteen they spend most of their time on the way to the
 // arithmetic. Here weights are packed once into panels of as many columns as the accumulators of one row fill, so that
@@ -128,6 +128,35 @@ static void gated(const float* gate_up, int64_t rows, int64_t inner, float* to) 
     }
 }
 
+// Probabilities [count] at a temperature above 0.
+static void probabilities(const float* logits, int64_t count, float temperature, float* to) {
+    float most = logits[0];
+    for (int64_t at = 1; at < count; at++) most = std::max(most, logits[at]);
+    const float scale = 1.0f / temperature;
+    int64_t at = 0;
+    for (; at + LANES <= count; at += LANES) store(to + at, exponential((load(logits + at) - most) * scale));
+    for (; at < count; at++) to[at] = std::exp(std::max((logits[at] - most) * scale, -87.0f));
+    double sum = 0;
+    for (at = 0; at < count; at++) sum += to[at];
+    const float share = static_cast<float>(1.0 / sum);
+    for (at = 0; at < count; at++) to[at] *= share;
+}
+
+// The index at which the cumulated weights pass `uniform` of their sum; never one of weight 0.
+static int64_t drawn(const float* weights, int64_t count, double uniform) {
+    double sum = 0, cumulated = 0;
+    for (int64_t at = 0; at < count; at++) sum += weights[at];
+    const double wanted = uniform * sum;
+    int64_t last = 0;
+    for (int64_t at = 0; at < count; at++) {
+        if (weights[at] <= 0) continue;
+        last = at;
+        cumulated += weights[at];
+        if (cumulated > wanted) return at;
+    }
+    return last;
+}
+
 struct Scratch {
     std::vector<float> gate_up, inner, rows, results, logits;
     std::vector<int64_t> experts, order;
@@ -226,6 +255,43 @@ void eagle3_experts(const float* x, int64_t rows, int64_t hidden, int64_t inner,
             float* to = y + members[member] * hidden;
             for (int64_t at = 0; at < hidden; at++) to[at] += results[member * hidden + at];
         }
+    }
+}
+
+// A token drawn from `logits` [count] at a temperature, and the probabilities [count] that it was drawn from.
+void eagle3_draw(const float* logits, int64_t count, double temperature, const double* uniform, float* to, int64_t* token) {
+    probabilities(logits, count, static_cast<float>(temperature), to);
+    *token = drawn(to, count, *uniform);
+}
+
+// Rejection sampling of a chain (Leviathan et al., arXiv 2211.17192, algorithm 1). How many of its `drafted` tokens are
+// accepted; `added`: the token that follows them. Rows of the target behind the first rejection are not looked at.
+//
+// logits: the target's, [drafted + 1, vocabulary]; tokens: target ids [drafted]; uniform: [drafted + 1].
+// q: probabilities that the tokens were drawn from, [drafted, reach] over the draft vocabulary `targets` [reach] of target ids,
+// and `ids` [drafted] the tokens in it; null: they were chosen greedily.
+// kept: the weight that a rejected token keeps, of its probability, so that something is always left.
+int64_t eagle3_accept(const float* logits, int64_t drafted, int64_t vocabulary, double temperature, const int64_t* tokens,
+                      const int64_t* ids, const float* q, int64_t reach, const int64_t* targets, const double* uniform,
+                      double kept, int64_t* added) {
+    float* p = Scratch::room(scratch.logits, vocabulary);
+    for (int64_t row = 0;; row++, logits += vocabulary) {
+        probabilities(logits, vocabulary, static_cast<float>(temperature), p);
+        if (row < drafted) {
+            const float chance = p[tokens[row]] / (q ? q[row * reach + ids[row]] : 1.0f);
+            if (uniform[row] < chance) continue;
+            if (q) {
+                for (int64_t at = 0; at < reach; at++) {
+                    float& left = p[targets[at]];
+                    const float before = left;
+                    left = std::max(before - q[row * reach + at], 0.0f) + static_cast<float>(kept) * before;
+                }
+            } else {
+                p[tokens[row]] *= static_cast<float>(kept);
+            }
+        }
+        *added = drawn(p, vocabulary, uniform[drafted]);
+        return row;
     }
 }
 
