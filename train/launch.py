@@ -10,11 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from ..configs.errors import UserError
 from ..configs.settings import Settings
 
 
 def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
-    """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU."""
+    """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU.
+
+    Raises:
+        UserError: Muon is asked for under DeepSpeed.
+    """
     cuda, launched = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it would find out by itself
@@ -27,6 +32,10 @@ def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
         log_with="wandb" if tracked else None,
     )
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    if plugin is not None and settings.train.optimizer == "muon":
+        problem = "it needs whole matrices, and DeepSpeed gives the optimizer flat shards of them"
+        remedy = "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)"
+        raise UserError("train.optimizer", settings.train.optimizer, problem, remedy)
     if plugin is not None:
         # DeepSpeed wants to know these before it sees a batch; the micro-batch is only its bookkeeping here.
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1

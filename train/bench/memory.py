@@ -95,7 +95,9 @@ class Run:
         )
         settings = TrainSettings(ttt_steps=shape.steps)
         self.module = TrainingTimeTest(draft, *self.ends, settings)
-        self.optimizer = torch.optim.AdamW(parameter_groups(draft, torch.ones(1)), lr=1e-4, betas=settings.betas)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(draft, torch.ones(1), "adamw"), lr=1e-4, betas=settings.betas
+        )
         self.batch, self.clip = collated(shape), settings.clip
 
     def step(self, ledger: Ledger | None = None) -> None:
