@@ -174,7 +174,9 @@ def plain_kept(config: DraftConfig, micro: Micro, numbers: Numbers) -> Kept:
     queries, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     widened = FLOAT32 if width < FLOAT32 else 0  # in float32 what a norm reads may be kept by another already
     merged = config.num_heads * sum(rows * (step + 1) for step, rows in enumerate(micro.rows) if step)
-    read = captured * hidden * (FLOAT32 + width if config.fc_norm else width if width != numbers.states else 0)
+    norms = config.fc_norm + config.norm_before_fc
+    converted = width if width != numbers.states else 0
+    read = captured * hidden * (norms * (FLOAT32 + width) or converted)
     once = micro.tokens * (read + hidden * (3 * FLOAT32 + 2 * width) + config.head_dim * width)
     every = total * (hidden * (4 * FLOAT32 + 4 * width) + config.head_dim * width)
     fed = later * hidden * (2 * FLOAT32 + widened + (2 * FLOAT32 if config.norm_output else 0))
@@ -202,7 +204,8 @@ def fused_kept(config: DraftConfig, micro: Micro, numbers: Numbers) -> Kept:
     later, captured = total - micro.rows[0], len(config.target_layers)
     queries, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     joined = 2 * hidden * (queries + pairs) + 2 * hidden * config.intermediate_size
-    read = captured * hidden * width * (2 if config.fc_norm else int(width != numbers.states))
+    norms = config.fc_norm + config.norm_before_fc
+    read = captured * hidden * width * (2 * norms or int(width != numbers.states))
     once = micro.tokens * (read + 3 * hidden * width + config.head_dim * FLOAT32 + 2 * 8)
     return Kept(
         copies=width * (joined if width == numbers.weights else step_parameters(config) + fc_parameters(config)),
