@@ -93,6 +93,38 @@ def test_two_processes_train_what_one_trains(
 
 
 @pytest.mark.slow
+def test_two_processes_train_by_muon_what_one_trains(
+    launch: Callable[..., subprocess.Popen[str]], longer: Settings, run_dir: Path, tmp_path: Path
+) -> None:
+    """Stopped once on the way."""
+    chosen = replace(longer, train=replace(longer.train, optimizer="muon"))
+    alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
+    train(chosen, alone)
+    first = launch(LAUNCHERS["torchrun"], "train.optimizer=muon")
+    after(run_dir, 7, first)
+    os.kill(trainers(first)[0], signal.SIGTERM)
+    first.communicate(timeout=400)
+    process = launch(LAUNCHERS["torchrun"], "train.optimizer=muon")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert losses(run_dir) == [pytest.approx(loss, rel=1e-4) for loss in losses(alone)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2 alone", "zero3"])
+def test_muon_under_deepspeed_is_refused(
+    launch: Callable[..., subprocess.Popen[str]], run_dir: Path, name: str
+) -> None:
+    process = launch(LAUNCHERS[name], "train.optimizer=muon")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert "error: train.optimizer = muon: it needs whole matrices, and DeepSpeed" in said
+    assert "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)" in said
+    assert "Traceback" not in said.partition("ChildFailedError")[0]
+    assert not (run_dir / "train").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("starts", [("zero2", "zero2 alone", "zero2"), ("zero3", "alone", "zero1", "torchrun")])
 def test_a_run_goes_on_under_other_ranks_and_stages(
     launch: Callable[..., subprocess.Popen[str]], alone: Path, run_dir: Path, starts: tuple[str, ...]
