@@ -8,6 +8,7 @@ Letters: F captured layers, H hidden.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,14 @@ def parameters(config: DraftConfig) -> int:
 def largest(config: DraftConfig) -> int:
     """Numbers of the head's largest parameter."""
     return max(_sizes(config))
+
+
+def stacks(config: DraftConfig) -> list[tuple[int, int, int]]:
+    """Rows, columns and count of the matrices that Muon takes at once: those of one shape, ``fc`` apart from the others."""
+    counts = Counter(
+        (*matrix.shape, name == "fc.weight") for name, matrix in _head(config).named_parameters() if matrix.ndim > 1
+    )
+    return [(rows, columns, count) for (rows, columns, _), count in counts.items()]
 
 
 def step_parameters(config: DraftConfig) -> int:
@@ -63,7 +72,10 @@ def teacher_flop(config: DraftConfig) -> int:
 
 
 def _sizes(config: DraftConfig) -> list[int]:
+    return [parameter.numel() for parameter in _head(config).parameters()]
+
+
+def _head(config: DraftConfig) -> Eagle3Draft:
     with torch.device("meta"):
         mapped = config.draft_vocab_size < config.vocab_size
-        head = Eagle3Draft(config, torch.arange(config.draft_vocab_size) if mapped else None)
-    return [parameter.numel() for parameter in head.parameters()]
+        return Eagle3Draft(config, torch.arange(config.draft_vocab_size) if mapped else None)

@@ -71,15 +71,15 @@ class Muon(torch.optim.Optimizer):
     def _update_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         rows, columns = parameters[0].shape[-2:]
         scale_C = group["input_scale"]
-        wanted = [self._momentum(p, group["momentum"]).reshape(-1, rows, columns) for p in parameters]
-        stack_NRC = torch.cat(wanted)
+        counts = [parameter.numel() // (rows * columns) for parameter in parameters]
+        stack_NRC = torch.cat([self._momentum(p, group["momentum"]).reshape(-1, rows, columns) for p in parameters])
         if scale_C is not None:
             stack_NRC.div_(scale_C)
         updates_NRC = _dealt_out(stack_NRC)
         if scale_C is not None:
             updates_NRC = updates_NRC / scale_C
         rate = group["lr"] * 0.2 * math.sqrt(max(rows, columns))
-        for parameter, update in zip(parameters, updates_NRC.split([len(w) for w in wanted]), strict=True):
+        for parameter, update in zip(parameters, updates_NRC.split(counts), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rate * update.view_as(parameter))
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
