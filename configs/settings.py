@@ -177,7 +177,8 @@ class TrainSettings:
     accumulation: int = 1
     """Micro-batches per optimiser step."""
     optimizer: str = "adamw"
-    """adamw, or muon: orthogonalised momentum for the head's matrices, AdamW for its norms; not under DeepSpeed."""
+    """adamw, or muon: orthogonalised momentum for the head's matrices, AdamW for its norms and LM head; not under
+    DeepSpeed."""
     learning_rate: float = 2e-3
     """Peak learning rate; Muon's updates are scaled to the size of AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)

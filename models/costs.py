@@ -27,9 +27,14 @@ def largest(config: DraftConfig) -> int:
 
 
 def stacks(config: DraftConfig) -> list[tuple[int, int, int]]:
-    """Rows, columns and count of the matrices that Muon takes at once: those of one shape, ``fc`` apart from the others."""
+    """Rows, columns and count of the matrices that Muon takes at once: those of one shape, ``fc`` apart.
+
+    ``lm_head`` is AdamW's.
+    """
     counts = Counter(
-        (*matrix.shape, name == "fc.weight") for name, matrix in _head(config).named_parameters() if matrix.ndim > 1
+        (*matrix.shape, name == "fc.weight")
+        for name, matrix in _head(config).named_parameters()
+        if matrix.ndim > 1 and name != "lm_head.weight"
     )
     return [(rows, columns, count) for (rows, columns, _), count in counts.items()]
 

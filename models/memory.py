@@ -105,7 +105,7 @@ def states(config: DraftConfig, optimizer: str, stage: int | None, gpus: int, cp
     count, sharded = parameters(config), stage or 0
     if optimizer == "muon":
         matrices = sum(rows * columns * number for rows, columns, number in stacks(config))
-        moments = PLAIN[2] * count - FLOAT32 * matrices  # a matrix has one
+        moments = PLAIN[2] * count - FLOAT32 * matrices  # a matrix has one, but for lm_head
         return States(PLAIN[0] * count, PLAIN[1] * count, moments, _orthogonalising(config, cpu))
     held = PLAIN if stage is None else DEEPSPEED
     weights, gradients, optimiser = (

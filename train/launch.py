@@ -20,6 +20,10 @@ def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
     Raises:
         UserError: Muon is asked for under DeepSpeed.
     """
+    if settings.train.optimizer == "muon" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        problem = "it needs whole matrices, and DeepSpeed gives the optimizer flat shards of them"
+        remedy = "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)"
+        raise UserError("train.optimizer", settings.train.optimizer, problem, remedy)
     cuda, launched = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it would find out by itself
@@ -32,10 +36,6 @@ def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
         log_with="wandb" if tracked else None,
     )
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    if plugin is not None and settings.train.optimizer == "muon":
-        problem = "it needs whole matrices, and DeepSpeed gives the optimizer flat shards of them"
-        remedy = "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)"
-        raise UserError("train.optimizer", settings.train.optimizer, problem, remedy)
     if plugin is not None:
         # DeepSpeed wants to know these before it sees a batch; the micro-batch is only its bookkeeping here.
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1

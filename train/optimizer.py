@@ -29,10 +29,14 @@ def make_optimizer(draft: Eagle3Draft, scale: Tensor, settings: TrainSettings) -
 
 
 def kinds(draft: Eagle3Draft, optimizer: str) -> dict[str, str]:
-    """Which update each parameter has by its name: Muon's is for matrices, and AdamW's for norms."""
+    """Which update each parameter has, by its name: Muon's is for matrices, and AdamW's for norms and ``lm_head``.
+
+    A row of ``lm_head`` learns of one token, some thousand times as often as of another. To orthogonalise its update
+    would let the rare ones, whose gradients are noise, move as far as the others; it is also the dearest to do.
+    """
+    by_muon = {name for name, p in draft.named_parameters() if p.ndim > 1 and name != "lm_head.weight"}
     return {
-        name: "muon" if optimizer == "muon" and parameter.ndim > 1 else "adamw"
-        for name, parameter in draft.named_parameters()
+        name: "muon" if optimizer == "muon" and name in by_muon else "adamw" for name, _ in draft.named_parameters()
     }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from eagle3.configs.settings import Settings
+from eagle3.models.costs import stacks
 from eagle3.models.draft import DraftConfig, Eagle3Draft
 from eagle3.train.muon import Muon, orthogonalise
 from eagle3.train.optimizer import kinds, make_optimizer
@@ -97,8 +99,17 @@ def test_every_parameter_of_a_head_is_in_one_group(name: str, short: Settings) -
     assert len(found) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(draft.parameters()))
     for parameter, kind in zip(draft.parameters(), kinds(draft, name).values(), strict=True):
         group = found[id(parameter)]
-        assert group["kind"] == kind == ("muon" if name == "muon" and parameter.dim() == 2 else "adamw")
+        assert (
+            group["kind"]
+            == kind
+            == (
+                "muon" if name == "muon" and parameter.dim() == 2 and parameter is not draft.lm_head.weight else "adamw"
+            )
+        )
         assert (group["betas"], group["weight_decay"]) == ((0.5, 0.75), 0.25)
+    by_muon = [p for p in draft.parameters() if found[id(p)]["kind"] == "muon"]
+    if by_muon:  # as eagle3 plan has it
+        assert sum(p.numel() for p in by_muon) == sum(math.prod(stack) for stack in stacks(CONFIG))
     fc = found[id(draft.fc.weight)]
     if name == "muon":
         assert fc["scale"] == 1.0 and fc["input_scale"].tolist() == [2.0] * 12 + [6.0] * 12
