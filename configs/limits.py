@@ -20,6 +20,8 @@ CHOICES = {
     "record.last_hidden_dtype": STORED_DTYPES,
     "record.engine": ("transformers", "native"),
     "train.objective": ("kl", "lk"),
+    "train.optimizer": ("adamw", "muon"),
+    "train.schedule": ("cosine", "linear"),
     "train.tracker": ("online", "offline", "disabled"),
     "eval.engine": ("native", "transformers"),
     "eval.sampling": ("sampled", "greedy"),

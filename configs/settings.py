@@ -179,14 +179,19 @@ class TrainSettings:
     """Tokens of one optimiser step over all ranks and accumulation steps."""
     accumulation: int = 1
     """Micro-batches per optimiser step."""
+    optimizer: str = "adamw"
+    """adamw, or muon: orthogonalised momentum for the head's matrices, AdamW for its norms and LM head; not under
+    DeepSpeed."""
     learning_rate: float = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; Muon's updates are scaled to the size of AdamW's."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's betas."""
+    """AdamW's betas; Muon's momentum is 0.95."""
     weight_decay: float = 0.0
-    """AdamW's weight decay."""
+    """Decoupled weight decay, of either optimizer."""
     warmup: float = 0.03
-    """Share of the steps in which the learning rate rises; it then falls to zero along a cosine."""
+    """Share of the steps in which the learning rate rises; it then falls to zero as train.schedule says."""
+    schedule: str = "cosine"
+    """How the learning rate falls to zero: cosine or linear."""
     clip: float = 0.5
     """Largest gradient norm."""
     warm_start: str | None = None

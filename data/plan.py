@@ -32,7 +32,8 @@ SCALE = 4  # bytes beside a token's float8 states, for each layer
 TOKEN = 5  # bytes of its id and its place in the loss mask
 TEXT = 5  # bytes of a prompt's token as text, with its share of what stands around it
 STORED = (("bfloat16", "bfloat16"), ("float8_e4m3fn", "bfloat16"), ("float8_e4m3fn", "float8_e4m3fn"))
-CHECKPOINT = 14  # bytes a parameter: bfloat16 weights, float32 ones, AdamW's two moments; 12 without DeepSpeed
+#: Bytes a parameter: bfloat16 weights, float32 ones, AdamW's two moments; 12 without DeepSpeed. Muon has one of a matrix.
+CHECKPOINT = {"adamw": 14, "muon": 8}
 OPTIONS = {
     "regenerate": "--answer-tokens-per-s",
     "record": "--tokens-per-s",
@@ -147,7 +148,7 @@ def _disk(settings: Settings, folder: Path, config: DraftConfig, tokens: Tokens,
         "conversations": tokens.prompt * TEXT + tokens.all * (len(str(config.vocab_size)) + 2),
         "store": store,
         "checkpoints": (settings.train.keep_checkpoints + 1)
-        * CHECKPOINT
+        * CHECKPOINT[settings.train.optimizer]
         * count,  # the oldest goes after the newest came
         "best head": 2 * BYTES["bfloat16"] * count,  # the old one goes after the new one came
     }
@@ -186,15 +187,19 @@ def _training_memory(
     read, ends = max(BYTES[name] for name in (*recorded, "bfloat16")), BYTES[settings.target.dtype]
     accumulating = settings.train.accumulation > 1
     found = {}
-    for stage in STAGES:
+    optimizer = settings.train.optimizer
+    for stage in STAGES if optimizer == "adamw" else (None,):  # Muon is not for DeepSpeed's shards
         fused = stage != 3 and kernels.fits(config.head_dim)  # what else they refuse, no recipe asks for
-        held, numbers = states(config, stage, gpus), Numbers(*(AUTOCAST if stage is None else HALF), read, ends)
+        held, numbers = (
+            states(config, optimizer, stage, gpus),
+            Numbers(*(AUTOCAST if stage is None else HALF), read, ends),
+        )
         name = "bfloat16, no DeepSpeed" if stage is None else f"bfloat16, ZeRO-{stage}"
         found[f"{name}, {'kernels' if fused else 'plain'}"] = memory(
             config, micro, held, numbers, fused, 0, accumulating
         )
     beside = TOKEN - 1 + (stored if "float8_e4m3fn" in recorded else 0)
-    held, numbers = states(config, None, 1, cpu=True), Numbers(*FULL, read, BYTES["float32"])
+    held, numbers = states(config, optimizer, None, 1, cpu=True), Numbers(*FULL, read, BYTES["float32"])
     found["float32 on a CPU, plain"] = memory(config, micro, held, numbers, False, beside, accumulating)
     return found
 

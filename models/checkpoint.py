@@ -44,7 +44,10 @@ FIELDS: tuple[tuple[str, str, type], ...] = (
     ("norm_output", "norm_output", bool),
     ("fc_norm", "fc_norm", bool),
     ("norm_before_residual", "norm_before_residual", bool),
+    ("norm_before_fc", "norm_before_fc", bool),
 )
+#: What files that are older than the field do not say.
+DEFAULTS = {"norm_before_fc": False}
 # What every head of ours is. A file that says otherwise describes another computation.
 CONSTANTS: dict[str, Any] = {
     "architectures": [ARCHITECTURE],
@@ -134,7 +137,7 @@ def _from_json(path: Path, config: dict[str, Any]) -> DraftConfig:
             raise UserError("draft", path, f"{key} is {config.get(key)}, and only {wanted} is supported", REMEDY)
     values: dict[str, Any] = {}
     for ours, theirs, kind in FIELDS:
-        value = config.get(theirs)
+        value = config.get(theirs, DEFAULTS.get(theirs))
         if not _is_a(kind, value):
             wanted = "a bool" if kind is bool else f"a positive {kind.__name__}"
             raise UserError("draft", path, f"{theirs} is {value}, and it must be {wanted}", REMEDY)

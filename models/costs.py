@@ -9,6 +9,7 @@ Letters: F captured layers, H hidden.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,19 @@ def parameters(config: DraftConfig) -> int:
 def largest(config: DraftConfig) -> int:
     """Numbers of the head's largest parameter."""
     return max(_sizes(config))
+
+
+def stacks(config: DraftConfig) -> list[tuple[int, int, int]]:
+    """Rows, columns and count of the matrices that Muon takes at once: those of one shape, ``fc`` apart.
+
+    ``lm_head`` is AdamW's.
+    """
+    counts = Counter(
+        (*matrix.shape, name == "fc.weight")
+        for name, matrix in _head(config).named_parameters()
+        if matrix.ndim > 1 and name != "lm_head.weight"
+    )
+    return [(rows, columns, count) for (rows, columns, _), count in counts.items()]
 
 
 def step_parameters(config: DraftConfig) -> int:
@@ -65,11 +79,14 @@ def teacher_flop(config: DraftConfig) -> int:
 
 def shapes(config: DraftConfig) -> list[tuple[int, ...]]:
     """Those of the head's weights."""
-    with torch.device("meta"):
-        mapped = config.draft_vocab_size < config.vocab_size
-        head = Eagle3Draft(config, torch.arange(config.draft_vocab_size) if mapped else None)
-    return [tuple(parameter.shape) for parameter in head.parameters()]
+    return [tuple(parameter.shape) for parameter in _head(config).parameters()]
 
 
 def _sizes(config: DraftConfig) -> list[int]:
     return [math.prod(shape) for shape in shapes(config)]
+
+
+def _head(config: DraftConfig) -> Eagle3Draft:
+    with torch.device("meta"):
+        mapped = config.draft_vocab_size < config.vocab_size
+        return Eagle3Draft(config, torch.arange(config.draft_vocab_size) if mapped else None)

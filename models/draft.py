@@ -28,7 +28,8 @@ class DraftConfig:
 
     ``target_layers`` are the captured decoder layers, 0-based and ascending. ``fc_norm`` and ``norm_output`` are
     EAGLE-3.1's: an RMSNorm per captured layer before ``fc``, and feeding ``norm(y)`` back instead of ``y``.
-    ``norm_before_residual`` is the speculators package's: the attention is added to ``hidden_norm(h)`` instead of ``h``.
+    ``norm_before_residual`` and ``norm_before_fc`` are the speculators package's: the attention is added to
+    ``hidden_norm(h)`` instead of ``h``, and one RMSNorm over all captured layers together precedes ``fc``.
     """
 
     hidden_size: int
@@ -45,6 +46,7 @@ class DraftConfig:
     fc_norm: bool = False
     norm_output: bool = False
     norm_before_residual: bool = False
+    norm_before_fc: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -162,6 +164,8 @@ class Eagle3Draft(nn.Module):
         self.config = config
         hidden, captured = config.hidden_size, len(config.target_layers)
         self.fc = nn.Linear(captured * hidden, hidden, bias=False)
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(captured * hidden, config.rms_norm_eps)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(hidden, config.rms_norm_eps) for _ in range(captured))
         self.midlayer = MidLayer(config)
@@ -191,6 +195,8 @@ class Eagle3Draft(nn.Module):
     def combine(self, features: Tensor) -> Tensor:
         """Captured states ``[..., F, H]``, of any dtype, to the draft's hidden state ``[..., H]``."""
         features = features.to(self.fc.weight.dtype)
+        if self.config.norm_before_fc:
+            features = self.input_norm(features.flatten(-2)).view_as(features)
         if self.config.fc_norm:
             parts = features.unbind(-2)
             features = torch.stack([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -2)

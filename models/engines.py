@@ -35,8 +35,8 @@ from .checkpoint import (
 
 TRTLLM_OPTIONS = "trtllm.yaml"
 OURS, THEIRS = "midlayer.", "layers.0."  # what the one decoder layer is called
-FLAGS = ("fc_norm", "norm_output", "norm_before_residual")
-#: What a head is here whatever a file says, where it says it.
+FLAGS = ("fc_norm", "norm_output", "norm_before_residual", "norm_before_fc")
+#: What a head is here whatever a file says, where it says it; a flag only for engines that may not know it.
 PLAIN = {
     "num_hidden_layers": 1,
     "hidden_act": "silu",
@@ -202,11 +202,15 @@ def read(engine: Engine, files: Files, num_layers: int) -> Reading:
     if rope.get("rope_type", "default") != "default":
         strange.append(f"it reads a RoPE of type {rope['rope_type']}, and a head has the plain one")
     strange += [f"there is no {key}, without which it does not start" for key in engine.needs if key not in flat]
+    if "sliding_attention" in (flat.get("layer_types") or ()):
+        strange.append("it reads layer_types as sliding_attention, and only full attention is known here")
     for key, wanted in PLAIN.items():
-        if (found := inner.get(key, flat.get(key, parsed.get(key, wanted)))) != wanted:
+        if key not in engine.flags and (found := inner.get(key, flat.get(key, parsed.get(key, wanted)))) != wanted:
             strange.append(f"it reads {key} as {found}, and only {wanted} is known here")
     said = {theirs: parsed[theirs] for _, theirs, _ in FIELDS if theirs in parsed}
     said |= {key: bool(flat.get(key)) and key in engine.flags for key in FLAGS}
+    if "norm_before_fc" in engine.flags:
+        said["norm_before_fc"] = bool(inner.get("norm_before_fc", flat.get("norm_before_fc")))
     said |= {"rope_theta": rope.get("rope_theta"), "draft_vocab_size": flat.get("draft_vocab_size")}
     said["draft_vocab_size"] = said["draft_vocab_size"] or parsed["vocab_size"]
     present = (set(flat) - set(FLAGS)) | (set(files.config) & set(FLAGS))

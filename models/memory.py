@@ -1,7 +1,7 @@
 """What a head takes to train, in bytes of a GPU or of a CPU's process, before it exists.
 
     micro = Micro.of(loss_mask, lengths, steps=7)
-    memory(config, micro, states(config, stage=2, gpus=8), Numbers(2, 2, 2, 2), kernels=True)
+    memory(config, micro, states(config, "adamw", stage=2, gpus=8), Numbers(2, 2, 2, 2), kernels=True)
 
 Parts are what :mod:`.rollout`, :mod:`.kernels.fused` and ``train/objective.py`` keep for the backward pass, term by term;
 tests count what they really hold, and ``train/bench/memory.py`` measures it. Each part is what it is at its largest. Not
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .costs import fc_parameters, largest, parameters, step_parameters
+from .costs import fc_parameters, largest, parameters, stacks, step_parameters
 from .draft import DraftConfig
 from .rollout import supervised
 
@@ -96,13 +96,17 @@ class Moment(NamedTuple):
     transient: int
 
 
-def states(config: DraftConfig, stage: int | None, gpus: int, cpu: bool = False) -> States:
-    """Of a head under DeepSpeed's ZeRO or (None) without.
+def states(config: DraftConfig, optimizer: str, stage: int | None, gpus: int, cpu: bool = False) -> States:
+    """Of a head with ``train.optimizer``, under DeepSpeed's ZeRO or (None) without, as Muon always is.
 
     On a GPU AdamW takes roots of a whole group of parameters at once, and all but ``fc`` is one; on a CPU it takes one
     parameter at a time, and its root twice.
     """
     count, sharded = parameters(config), stage or 0
+    if optimizer == "muon":
+        matrices = sum(rows * columns * number for rows, columns, number in stacks(config))
+        moments = PLAIN[2] * count - FLOAT32 * matrices  # a matrix has one, but for lm_head
+        return States(PLAIN[0] * count, PLAIN[1] * count, moments, _orthogonalising(config, cpu))
     held = PLAIN if stage is None else DEEPSPEED
     weights, gradients, optimiser = (
         -(-size * count // (gpus if len(held) - part <= sharded else 1)) for part, size in enumerate(held)
@@ -112,6 +116,16 @@ def states(config: DraftConfig, stage: int | None, gpus: int, cpu: bool = False)
     working = -(-FLOAT32 * (count - fc_parameters(config)) // (gpus if sharded else 1))
     gathered = (BUCKETS if sharded else 0) + (DEEPSPEED[0] * count if sharded == 3 else 0)
     return States(weights, gradients, optimiser, working, gathered)
+
+
+def _orthogonalising(config: DraftConfig, cpu: bool) -> int:
+    """What Muon's largest step works with: a stack of matrices thrice and their squares twice, in bfloat16 on a GPU."""
+    found = []
+    for rows, columns, count in stacks(config):
+        stack, square = rows * columns * count, min(rows, columns) ** 2 * count
+        # On a GPU the stack itself stays in float32, and is so twice while it is cast.
+        found.append(FLOAT32 * (3 * stack + 2 * square) if cpu else max(10 * stack, 8 * stack + 4 * square))
+    return max(found)
 
 
 def constant_bytes(config: DraftConfig, width: int) -> int:
@@ -174,7 +188,9 @@ def plain_kept(config: DraftConfig, micro: Micro, numbers: Numbers) -> Kept:
     queries, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     widened = FLOAT32 if width < FLOAT32 else 0  # in float32 what a norm reads may be kept by another already
     merged = config.num_heads * sum(rows * (step + 1) for step, rows in enumerate(micro.rows) if step)
-    read = captured * hidden * (FLOAT32 + width if config.fc_norm else width if width != numbers.states else 0)
+    norms = config.fc_norm + config.norm_before_fc
+    converted = width if width != numbers.states else 0
+    read = captured * hidden * (norms * (FLOAT32 + width) or converted)
     once = micro.tokens * (read + hidden * (3 * FLOAT32 + 2 * width) + config.head_dim * width)
     every = total * (hidden * (4 * FLOAT32 + 4 * width) + config.head_dim * width)
     fed = later * hidden * (2 * FLOAT32 + widened + (2 * FLOAT32 if config.norm_output else 0))
@@ -202,7 +218,8 @@ def fused_kept(config: DraftConfig, micro: Micro, numbers: Numbers) -> Kept:
     later, captured = total - micro.rows[0], len(config.target_layers)
     queries, pairs = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
     joined = 2 * hidden * (queries + pairs) + 2 * hidden * config.intermediate_size
-    read = captured * hidden * width * (2 if config.fc_norm else int(width != numbers.states))
+    norms = config.fc_norm + config.norm_before_fc
+    read = captured * hidden * width * (2 * norms or int(width != numbers.states))
     once = micro.tokens * (read + 3 * hidden * width + config.head_dim * FLOAT32 + 2 * 8)
     return Kept(
         copies=width * (joined if width == numbers.weights else step_parameters(config) + fc_parameters(config)),

@@ -54,12 +54,15 @@ def begin(draft: Eagle3Draft, head: TargetHead, features: Tensor, tokens: Tensor
         _copy_what_followed(draft, head.embedding, features, tokens)
 
 
+@torch.no_grad()
 def feature_scale(draft: Eagle3Draft, features: Tensor) -> Tensor:
     """How large the states ``[N, F, H]`` are as ``fc`` sees them, by captured layer ``[F]``.
 
     The median over tokens of their root mean square, because the first token of a text is often a thousand times as
     large as the others.
     """
+    if draft.config.norm_before_fc:
+        features = draft.input_norm(features.to(draft.fc.weight.dtype).flatten(1)).view_as(features)
     scale_F = features.float().pow(2).mean(-1).sqrt().median(0).values
     return torch.ones_like(scale_F) if draft.config.fc_norm else scale_F
 

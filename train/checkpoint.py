@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configs.errors import UserError
 from ..data.files import make_folder, read_tensors, sync_folder, tensor_file, write_atomic
 from ..models.checkpoint import save_draft
 from ..models.draft import Eagle3Draft
-from .state import PARTS, gathered
+from .state import parts_of
 
 PREFIX, STATE = "step-", "state.safetensors"
 
@@ -35,8 +36,8 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
-def save(accelerator: Accelerator, module: nn.Module, optimizer: Any, folder: Path, step: int, keep: int) -> None:
-    """Write the state after ``step`` steps, then delete all but the newest ``keep`` checkpoints. Every rank calls this.
+def save(accelerator: Accelerator, state: Iterator[tuple[str, Tensor]], folder: Path, step: int, keep: int) -> None:
+    """Write the ``state`` after ``step`` steps, then delete all but the newest ``keep`` checkpoints. Every rank calls this.
 
     Raises:
         UserError: it cannot be written; what was there stays.
@@ -46,7 +47,7 @@ def save(accelerator: Accelerator, module: nn.Module, optimizer: Any, folder: Pa
     accelerator.wait_for_everyone()  # all have looked before it can be there
     if there:
         return
-    tensors = {name: tensor for name, tensor in gathered(module, optimizer) if main}
+    tensors = {name: tensor for name, tensor in state if main}
     if main:
         temporary = final.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -58,11 +59,11 @@ def save(accelerator: Accelerator, module: nn.Module, optimizer: Any, folder: Pa
     accelerator.wait_for_everyone()
 
 
-def read(checkpoint: Path, draft: Eagle3Draft) -> dict[str, Tensor]:
-    """The state in a checkpoint of ``draft``, mapped.
+def read(checkpoint: Path, draft: Eagle3Draft, kinds: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state in a checkpoint of ``draft``, mapped, whose parameters have updates of ``kinds``.
 
     Raises:
-        UserError: it is damaged, or another head's.
+        UserError: it is damaged, or another head's or optimizer's.
     """
     path = checkpoint / STATE
     remedy = f"delete {checkpoint} to go on from an earlier one, or else {checkpoint.parents[1]}"
@@ -70,11 +71,12 @@ def read(checkpoint: Path, draft: Eagle3Draft) -> dict[str, Tensor]:
         tensors, metadata = read_tensors(path)
     except (OSError, UserError) as error:
         raise UserError("train", path, f"the checkpoint cannot be read ({error})", remedy) from None
-    wanted = {f"{name}/{part}": parameter.shape for name, parameter in draft.named_parameters() for part in PARTS}
+    shapes = {name: parameter.shape for name, parameter in draft.named_parameters()}
+    wanted = {f"{name}/{part}": shapes[name] for name, part in parts_of(kinds)}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted or metadata["step"] != str(
         step_of(checkpoint)
     ):
-        raise UserError("train", path, "it is not a checkpoint of this head", remedy)
+        raise UserError("train", path, "it is not a checkpoint of this head and optimizer", remedy)
     return tensors
 
 

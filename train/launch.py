@@ -10,11 +10,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from ..configs.errors import UserError
 from ..configs.settings import Settings
 
 
 def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
-    """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU."""
+    """The accelerator that the launcher's environment asks for; without CUDA it is gloo and the CPU.
+
+    Raises:
+        UserError: Muon is asked for under DeepSpeed.
+    """
+    if settings.train.optimizer == "muon" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        problem = "it needs whole matrices, and DeepSpeed gives the optimizer flat shards of them"
+        remedy = "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)"
+        raise UserError("train.optimizer", settings.train.optimizer, problem, remedy)
     cuda, launched = torch.cuda.is_available(), "LOCAL_RANK" in os.environ
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of what it would find out by itself

@@ -29,11 +29,11 @@ from .batches import Collated, Schedule, blank, collate, divide, some_states
 from .feed import Clock, Planned, feed
 from .launch import any_rank, gather_parameters
 from .module import Trained, TrainingTimeTest
-from .optimizer import learning_rate, parameter_groups
+from .optimizer import kinds, learning_rate, make_optimizer
 from .progress import TrainProgress
 from .samples import Batch, Samples, refuse
 from .speed import figures, peak_of
-from .state import WEIGHT, restore
+from .state import WEIGHT, gathered, restore
 from .validate import Tally, Validation, validation_parts
 
 DONE, BEST, METRICS, CHECKPOINTS = "done.json", "progress.json", "metrics.jsonl", "checkpoints"
@@ -67,6 +67,7 @@ class Trainer:
             draft = warm
         self._origin = None if chosen.warm_start is None else file_sha256(Path(chosen.warm_start) / WEIGHTS)
         self.config, self.vocabulary = draft.config, draft.draft_ids.clone() if draft.mapped else None
+        self._kinds = kinds(draft, chosen.optimizer)
         self._saved = self._newest(draft)
         # As they are stored on a GPU, whose kernels widen what they read; plain torch has all in one dtype.
         ends = (head.embedding, head.lm_head)
@@ -74,12 +75,7 @@ class Trainer:
             ends = (head.embedding.float(), head.lm_head.float())
         embedding, lm_head = (tensor.to(accelerator.device) for tensor in ends)
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(draft, feature_scale(draft, states)),
-            lr=chosen.learning_rate,
-            betas=chosen.betas,
-            weight_decay=chosen.weight_decay,
-        )
+        optimizer = make_optimizer(draft, feature_scale(draft, states), chosen)
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.schedule = Schedule(samples.passes, samples.lengths, chosen.batch_tokens, settings.run.seed)
         self.best: dict[str, Any] = {"step": 0, "acceptance_length": 0.0}
@@ -156,7 +152,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         keep = self.settings.train.keep_checkpoints
-        checkpoint.save(self.accelerator, self.module, self.optimizer, self.folder / CHECKPOINTS, step, keep)
+        state = gathered(self.module, self.optimizer, self._kinds)
+        checkpoint.save(self.accelerator, state, self.folder / CHECKPOINTS, step, keep)
         self._cover(step)
 
     def _checkpoints(self) -> list[Path]:
@@ -253,7 +250,7 @@ class Trainer:
         found = self._checkpoints()
         if not found:
             return 0, {}
-        state = checkpoint.read(found[-1], draft)
+        state = checkpoint.read(found[-1], draft, self._kinds)
         draft.load_state_dict(
             draft.state_dict() | {name: state[f"{name}/{WEIGHT}"] for name, _ in draft.named_parameters()}
         )
@@ -263,7 +260,7 @@ class Trainer:
         """Go on from the newest checkpoint; returns the steps behind it. Later lines of metrics.jsonl are dropped."""
         step, state = self._saved
         if step:
-            restore(self.module, self.optimizer, state, step)
+            restore(self.module, self.optimizer, self._kinds, state, step)
         self._saved = (step, {})
         if self.accelerator.is_main_process:
             log, best = self.folder / METRICS, self.folder / BEST

@@ -1,12 +1,14 @@
 """The optimiser's whole state, gathered from whatever shards it and put back under whatever does: DDP or any ZeRO stage.
 
-    for name, tensor in gathered(module, optimizer):          # "lm_head.weight/exp_avg", float32 on the CPU
+    for name, tensor in gathered(module, optimizer, kinds):   # "lm_head.weight/exp_avg", float32 on the CPU
         ...
-    restore(module, optimizer, tensors, step)
+    restore(module, optimizer, kinds, tensors, step)
 
-Weights are kept as the optimiser has them, float32 also where the head runs in bfloat16. With AdamW's two moments and the
-count of steps nothing else decides what the next step does, so training goes on exactly, and under another number of
-ranks or another stage to rounding. DeepSpeed's own checkpoints are tied to both.
+Weights are kept as the optimiser has them, float32 also where the head runs in bfloat16. With AdamW's two moments or Muon's
+one, and the count of steps, nothing else decides what the next step does, so training goes on exactly, and under another
+number of ranks or another stage to rounding. DeepSpeed's own checkpoints are tied to both.
+
+``kinds`` are those of :func:`.optimizer.kinds`: what updates each parameter. What DeepSpeed shards is AdamW's.
 
 Every rank must call either function.
 """
@@ -19,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-PARTS = (WEIGHT, *MOMENTS)
+from .optimizer import MOMENTS
+
+WEIGHT = "weight"
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -28,32 +31,37 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name.split("draft.", 1)[1]: parameter for name, parameter in module.named_parameters()}
 
 
-def gathered(module: nn.Module, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def parts_of(kinds: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each parameter's name with ``weight`` and with the names of its moments."""
+    return [(name, part) for name, kind in kinds.items() for part in (WEIGHT, *MOMENTS[kind])]
+
+
+def gathered(module: nn.Module, optimizer: Any, kinds: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Yield ``<parameter>/weight`` and its moments, whole, one at a time; after the first step."""
-    base = _base(optimizer)
-    for name, parameter in parameters_of(module).items():
-        for part in PARTS:
-            yield f"{name}/{part}", _whole(parameter, base, part).detach().float().cpu()
+    base, parameters = _base(optimizer), parameters_of(module)
+    for name, part in parts_of(kinds):
+        yield f"{name}/{part}", _whole(parameters[name], base, part).detach().float().cpu()
 
 
-def restore(module: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor], step: int) -> None:
+def restore(
+    module: nn.Module, optimizer: Any, kinds: Mapping[str, str], tensors: Mapping[str, Tensor], step: int
+) -> None:
     """Put back what :func:`gathered` yielded after ``step`` steps; the module's own weights were loaded from it before."""
     base, parameters = _base(optimizer), parameters_of(module)
-    for held in _held(base, next(iter(parameters.values()))):
-        moments = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS}
+    for held, kind in _held(base, next(iter(parameters.values()))):
+        moments = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS[kind]}
         base.state[held] = {"step": torch.tensor(float(step)), **moments}
     if (zero := _zero(optimizer)) is not None:
         zero._lazy_init_hp_params_optimizer_state()
-    for name, parameter in parameters.items():
-        for part in PARTS:
-            _put(parameter, base, part, tensors[f"{name}/{part}"])
+    for name, part in parts_of(kinds):
+        _put(parameters[name], base, part, tensors[f"{name}/{part}"])
 
 
-def _held(base: torch.optim.Optimizer, parameter: Any) -> list[Tensor]:
-    """What the torch optimiser steps: parameters, or flat shards of them, which ZeRO-3 lends it only while it does."""
+def _held(base: torch.optim.Optimizer, parameter: Any) -> list[tuple[Tensor, str]]:
+    """What the torch optimiser steps, with the kind of update: parameters, or flat shards of them, which ZeRO-3 lends it only while it does."""
     if hasattr(parameter, "ds_id"):
-        return list(parameter._z3_optimizer.fp32_partitioned_groups_flat)
-    return [held for group in base.param_groups for held in group["params"]]
+        return [(flat, "adamw") for flat in parameter._z3_optimizer.fp32_partitioned_groups_flat]
+    return [(held, group["kind"]) for group in base.param_groups for held in group["params"]]
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:

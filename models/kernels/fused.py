@@ -104,8 +104,10 @@ def rollout(draft: Eagle3Draft, embedding: Tensor, batch: RolloutBatch, steps: i
 
 
 def _combine(draft: Eagle3Draft, fc: Tensor, features: Tensor) -> Tensor:
+    eps = draft.config.rms_norm_eps
+    if draft.config.norm_before_fc:
+        features = rms_norm(features.flatten(1), draft.input_norm.weight, eps).view_as(features)
     if draft.config.fc_norm:
-        eps = draft.config.rms_norm_eps
         parts = zip(draft.fc_norm.parameters(), features.unbind(1), strict=True)
         features = torch.stack([rms_norm(part, weight, eps) for weight, part in parts], 1)
     return F.linear(features.flatten(1), fc)

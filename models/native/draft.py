@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..draft import DraftConfig, Eagle3Draft, rotation_table
@@ -35,9 +36,11 @@ FULL = 0  # the chunk of a layer that sees everything
 
 
 class DraftWeights(NamedTuple):
-    """A share of them; matrices are ``[in, out]``. ``fc_norms``: one per captured layer, or none."""
+    """A share of them; matrices are ``[in, out]``. ``input_norm``: none, or one over all captured layers together, and
+    ``fc_norms``: none, or one per captured layer."""
 
     fc: Tensor
+    input_norm: tuple[Tensor, ...]
     fc_norms: tuple[Tensor, ...]
     embedding_norm: Tensor
     hidden_norm: Tensor
@@ -154,6 +157,10 @@ class NativeDraft:
         )
 
     def _combined(self, features: Tensor) -> Tensor:
+        for weight in self._weights.input_norm:
+            wide = features.flatten(1).to(torch.promote_types(features.dtype, torch.float32))
+            normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self._shape.rms_norm_eps)
+            features = normed.to(features.dtype).view_as(features)
         norms = self._weights.fc_norms
         if norms:
             features = torch.stack([self._operations.norm(features[:, at], norm) for at, norm in enumerate(norms)], 1)
@@ -227,6 +234,7 @@ def gathered(draft: Eagle3Draft, like: Tensor, share: Share) -> DraftWeights:
     query, key = (_in_pairs(part(module.weight), width) for module in (attention.q_proj, attention.k_proj))
     return DraftWeights(
         fc=matrix(part(draft.fc.weight)),
+        input_norm=(norm(draft.input_norm),) if draft.config.norm_before_fc else (),
         fc_norms=tuple(norm(module) for module in draft.fc_norm) if draft.config.fc_norm else (),
         embedding_norm=norm(layer.input_layernorm),
         hidden_norm=norm(layer.hidden_norm),

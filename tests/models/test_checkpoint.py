@@ -117,8 +117,17 @@ def test_the_configuration_is_portable(tmp_path: Path) -> None:
         "norm_before_residual": False,
         "norm_output": True,
         "fc_norm": False,
+        "norm_before_fc": False,
         "eagle3_training": {"step": 7},
     }
+
+
+def test_a_head_from_before_norm_before_fc_has_none(tmp_path: Path) -> None:
+    save_draft(random_draft(), tmp_path, torch.float32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("norm_before_fc") is False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_draft(tmp_path).config == random_draft().config
 
 
 def test_engines_read_the_configuration_through_transformers(folder: Path) -> None:

@@ -82,6 +82,15 @@ def test_fc_norm_and_norm_output_are_what_eagle_3_1_says() -> None:
     assert random_draft().feedback(y) is y
 
 
+def test_norm_before_fc_is_one_norm_over_all_captured_layers() -> None:
+    draft = random_draft(norm_before_fc=True)
+    features = torch.randn(5, 3, 12, dtype=torch.float64) * torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)[:, None]
+    flat = features.flatten(1)
+    normed = flat / (flat.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * draft.input_norm.weight
+    assert draft.input_norm.weight.shape == (36,)
+    torch.testing.assert_close(draft.combine(features), normed @ draft.fc.weight.T)
+
+
 def test_the_residual_is_normed_where_the_head_says_so() -> None:
     draft, plain = random_draft(norm_before_residual=True), random_draft()
     plain.load_state_dict(draft.state_dict())

@@ -205,7 +205,13 @@ PITFALLS: list[tuple[str, Plant, str]] = [
         "it reads norm_before_residual, which the file does not say, as",
     ),
     ("sglang", without_key("draft_vocab_size"), "there is no draft_vocab_size, without which it does not start"),
-    ("vllm", with_key("norm_before_fc", True), "it reads norm_before_fc as True, and only False is known here"),
+    ("vllm", with_key("norm_before_fc", True), "it reads norm_before_fc as True, and the head was trained with False"),
+    ("sglang", with_key("norm_before_fc", True), "it reads norm_before_fc as True, and only False is known here"),
+    (
+        "vllm",
+        with_key("layer_types", ["sliding_attention"]),
+        "it reads layer_types as sliding_attention, and only full",
+    ),
     ("vllm", with_key("norm_output", True), "it reads norm_output as True, and the head was trained with False"),
     ("vllm", with_key("head_dim", 3), "it reads head_dim as 3, and the head was trained with 6"),
     (

@@ -65,10 +65,33 @@ def test_a_head_comes_back_from_every_format(name: str, size: int, target: Targe
     assert set(CONVENTIONS) <= set(imported.assumed)
 
 
-@pytest.mark.parametrize("flag", ["fc_norm", "norm_output", "norm_before_residual"])
+@pytest.mark.parametrize("flag", ["fc_norm", "norm_output", "norm_before_residual", "norm_before_fc"])
 def test_flags_come_back(flag: str, target: TargetFiles) -> None:
     draft = random_draft(**{flag: True})
     assert same(take("speculators", HERE, written("speculators", draft), target).draft, draft)
+
+
+def test_the_default_head_of_the_speculators_trainer_is_read(target: TargetFiles) -> None:
+    """A Llama layer with one norm before fc, ``input_norm``, the normed residual, and the normed output fed back."""
+    flags = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True}
+    draft = random_draft(**flags)
+    files = written("speculators", draft)
+    assert files.tensors["input_norm.weight"].shape == (3 * 24,)
+    assert all(files.config[flag] for flag in flags)
+    imported = take("speculators", HERE, files, target)
+    assert same(imported.draft, draft)
+    assert "fc_norm False, norm_output True, norm_before_residual True, norm_before_fc True" in imported.assumed
+    del files.config["norm_before_fc"]  # as vLLM reads it then, there is no such norm
+    with pytest.raises(UserError, match=r"its tensor input_norm\.weight has no place in a head"):
+        take("speculators", HERE, files, target)
+
+
+def test_vllm_reads_norm_before_fc_from_the_inner_configuration_too(target: TargetFiles) -> None:
+    draft = random_draft(norm_before_fc=True)
+    files = written("vllm", draft)
+    del files.config["norm_before_fc"]
+    files.config["eagle_config"]["norm_before_fc"] = True
+    assert same(take("vllm", HERE, files, target).draft, draft)
 
 
 # --- NVIDIA's head for Maverick: made for TensorRT-LLM, typed as a Llama-4, with the whole vocabulary

@@ -57,7 +57,7 @@ def close(found: Tensor, wanted: Tensor, name: str) -> None:
     [
         (TURNS, "lk", 33, {}),
         (TURNS, "kl", 33, {"fc_norm": True, "norm_output": True}),
-        (TURNS, "lk", V, {"norm_before_residual": True}),
+        (TURNS, "lk", V, {"norm_before_residual": True, "norm_before_fc": True}),
         (LONG, "lk", 33, {}),
         (["....", ".a"], "lk", 33, {"fc_norm": True}),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,38 @@ def test_two_processes_train_what_one_trains(
     for form in FORMATS:  # an optimiser-sharded head exports with every tensor and buffer: the export checks itself
         assert main(["export", str(run_dir), "--format", form, "--out", str(run_dir / form)]) == 0
     assert json.loads((run_dir / "train" / "done.json").read_text())["steps"] == len(losses(alone))
+
+
+@pytest.mark.slow
+def test_two_processes_train_by_muon_what_one_trains(
+    launch: Callable[..., subprocess.Popen[str]], longer: Settings, run_dir: Path, tmp_path: Path
+) -> None:
+    """Stopped once on the way."""
+    chosen = replace(longer, train=replace(longer.train, optimizer="muon"))
+    alone = Path(shutil.copytree(run_dir, tmp_path / "alone"))
+    train(chosen, alone)
+    first = launch(LAUNCHERS["torchrun"], "train.optimizer=muon")
+    after(run_dir, 7, first)
+    os.kill(trainers(first)[0], signal.SIGTERM)
+    first.communicate(timeout=400)
+    process = launch(LAUNCHERS["torchrun"], "train.optimizer=muon")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    assert losses(run_dir) == [pytest.approx(loss, rel=1e-4) for loss in losses(alone)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2 alone", "zero3"])
+def test_muon_under_deepspeed_is_refused(
+    launch: Callable[..., subprocess.Popen[str]], run_dir: Path, name: str
+) -> None:
+    process = launch(LAUNCHERS[name], "train.optimizer=muon")
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode != 0
+    assert "error: train.optimizer = muon: it needs whole matrices, and DeepSpeed" in said
+    assert "set train.optimizer=adamw, or launch without DeepSpeed (plain DDP)" in said
+    assert re.search(r"exitcode\s*: 2\b", said)
+    assert not (run_dir / "train").exists()
 
 
 @pytest.mark.slow

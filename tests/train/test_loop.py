@@ -32,7 +32,7 @@ from eagle3.train.feed import Planned
 from eagle3.train.samples import Pass, Recorded, Samples
 from eagle3.train.stage import train
 from eagle3.train.validate import Tally, validation_parts
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TIMING = {"seconds", "tokens_per_s", "tflop_per_s", "waited"}
 
@@ -118,17 +118,60 @@ def test_a_trained_run_is_left_alone(short: Settings, trained: Path) -> None:
     assert (trained / "train" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.fixture(scope="module")
+def by_muon(short: Settings) -> Settings:
+    """The recipe with Muon and a linear decay."""
+    return replace(short, train=replace(short.train, optimizer="muon", schedule="linear"))
+
+
+@pytest.fixture(scope="module")
+def trained_by_muon(by_muon: Settings, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that Muon trained without an interruption."""
+    run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("muon") / "run"))
+    train(by_muon, run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize(("step", "optimizer"), [(1, "adamw"), (4, "adamw"), (6, "adamw"), (1, "muon"), (6, "muon")])
 def test_a_stopped_run_goes_on_to_the_same_head(
-    short: Settings, trained: Path, run_dir: Path, stopping: Callable[[int], None], step: int
+    request: pytest.FixtureRequest, run_dir: Path, stopping: Callable[[int], None], step: int, optimizer: str
 ) -> None:
+    names = {"adamw": ("short", "trained"), "muon": ("by_muon", "trained_by_muon")}[optimizer]
+    settings, undisturbed = map(request.getfixturevalue, names)
     stopping(step)
     with pytest.raises(Interrupted, match=f"step {step} of .* is saved; resume with: eagle3 train .*config.yaml"):
-        train(short, run_dir)
+        train(settings, run_dir)
     stopping(-1)
-    train(short, run_dir)
-    assert lines_of(run_dir) == lines_of(trained)
-    assert all(torch.equal(tensor, weights_of(trained)[name]) for name, tensor in weights_of(run_dir).items())
+    train(settings, run_dir)
+    assert lines_of(run_dir) == lines_of(undisturbed)
+    assert all(torch.equal(tensor, weights_of(undisturbed)[name]) for name, tensor in weights_of(run_dir).items())
+
+
+def test_muon_learns_and_keeps_one_moment_of_a_matrix(by_muon: Settings, trained_by_muon: Path) -> None:
+    losses = [line["loss"] for line in lines_of(trained_by_muon) if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    newest = checkpoint.checkpoints(trained_by_muon / "train" / "checkpoints")[-1]
+    parts: dict[str, set[str]] = {}
+    for name in load_file(newest / "state.safetensors"):
+        parameter, _, part = name.rpartition("/")
+        parts.setdefault(parameter, set()).add(part)
+    for name, parameter in load_draft(trained_by_muon / "draft").named_parameters():
+        kept = {"momentum_buffer"} if parameter.dim() == 2 and name != "lm_head.weight" else {"exp_avg", "exp_avg_sq"}
+        assert parts[name] == {"weight"} | kept
+
+
+def test_a_checkpoint_of_the_other_optimizer_is_refused(
+    short: Settings, by_muon: Settings, trained: Path, trained_by_muon: Path, tmp_path: Path
+) -> None:
+    for settings, other, theirs in ((by_muon, trained, "adamw"), (short, trained_by_muon, "muon")):
+        with pytest.raises(UserError, match=f'train.optimizer = .*was made with "{theirs}"; set it back'):
+            train(settings, other)
+    run_dir = Path(shutil.copytree(trained_by_muon, tmp_path / "run"))
+    shutil.rmtree(run_dir / "train" / "checkpoints")
+    shutil.copytree(trained / "train" / "checkpoints", run_dir / "train" / "checkpoints")
+    (run_dir / "train" / "done.json").unlink()
+    with pytest.raises(UserError, match="it is not a checkpoint of this head and optimizer; delete"):
+        train(by_muon, run_dir)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
@@ -374,6 +417,9 @@ def test_the_learning_rate_rises_and_falls_to_nothing(short: Settings) -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[55] == pytest.approx(0.5)
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
+    linear = [loop.learning_rate(step, 100, replace(chosen, schedule="linear")) for step in range(101)]
+    assert linear[:11] == rates[:11]
+    assert linear[10:] == [pytest.approx((100 - step) / 90) for step in range(10, 101)]
 
 
 def parts(ranks: int, count: int = 37) -> Iterator[list[tuple[int, ...]]]:

@@ -2,7 +2,7 @@
 
     python -m eagle3.train.bench.memory
 
-Each shape takes real steps of AdamW on the plain path in float32, twice: in this process, where every storage is counted
+Each shape takes real steps of its optimizer on the plain path in float32, twice: in this process, where every storage is counted
 from when it is made until it is freed, and in a fresh one, whose resident memory is read. Exit code 3 if a part that
 matters, or the whole, is not as predicted.
 """
@@ -31,7 +31,7 @@ from ...models.draft import DraftConfig, Eagle3Draft
 from ...models.memory import Micro, Numbers, memory, states
 from ..batches import Collated
 from ..module import TrainingTimeTest
-from ..optimizer import parameter_groups
+from ..optimizer import make_optimizer
 from .ledger import Ledger
 
 ID = 4  # bytes of a token's id as it is stored, which stays beside the one that is computed with
@@ -60,6 +60,7 @@ class Shape(NamedTuple):
     steps: int
     documents: tuple[tuple[int, ...], ...]
     stored: str
+    optimizer: str = "adamw"
 
 
 SHAPES = {
@@ -74,6 +75,10 @@ SHAPES = {
     "a large head": Shape(
         DraftConfig(704, 1856, 11, 1, 64, 11_000, 2800, (1, 2, 3), 1e-5, 10_000.0, 4096),
         3, ((40, 80), (35, 50), (15, 65)), "float8_e4m3fn",
+    ),
+    "a large head by Muon": Shape(
+        DraftConfig(704, 1856, 11, 1, 64, 11_000, 2800, (1, 2, 3), 1e-5, 10_000.0, 4096),
+        3, ((40, 80), (35, 50), (15, 65)), "float8_e4m3fn", "muon",
     ),
     "tiny": Shape(
         DraftConfig(16, 24, 2, 1, 16, 90, 50, (1, 2, 3), 1e-5, 10_000.0, 512), 2, ((3, 12), (2, 5)), "float8_e4m3fn"
@@ -93,9 +98,9 @@ class Run:
             torch.randn(config.vocab_size, config.hidden_size),
             torch.randn(config.vocab_size, config.hidden_size),
         )
-        settings = TrainSettings(ttt_steps=shape.steps)
+        settings = TrainSettings(ttt_steps=shape.steps, optimizer=shape.optimizer)
         self.module = TrainingTimeTest(draft, *self.ends, settings)
-        self.optimizer = torch.optim.AdamW(parameter_groups(draft, torch.ones(1)), lr=1e-4, betas=settings.betas)
+        self.optimizer = make_optimizer(draft, torch.ones(len(config.target_layers)), settings)
         self.batch, self.clip = collated(shape), settings.clip
 
     def step(self, ledger: Ledger | None = None) -> None:
@@ -141,7 +146,7 @@ def predicted(shape: Shape) -> dict[str, int]:
     micro = Micro.of(batch.loss_mask, batch.lengths, shape.steps)
     decoded = shape.stored == "float8_e4m3fn"
     stored = sum(tensor.nbytes for tensor in batch.stored.values()) // micro.tokens if decoded else 0
-    held = states(config, None, 1, cpu=True)
+    held = states(config, shape.optimizer, None, 1, cpu=True)
     return memory(config, micro, held, Numbers(4, 4, 2, 4), kernels=False, beside=stored + ID)
 
 

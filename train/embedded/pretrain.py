@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
+from ..muon import Muon
 from . import forward
-from .muon import Muon
 
 
 @dataclass(frozen=True)

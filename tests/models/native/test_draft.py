@@ -25,6 +25,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "EAGLE-3.1": {"fc_norm": True, "norm_output": True},
     "normed residual": {"norm_before_residual": True},
+    "of the speculators package": {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
     "one key": {"num_kv_heads": 1, "head_dim": 16},
     "whole vocabulary": {"draft_vocab_size": VOCABULARY},
 }
@@ -136,7 +137,8 @@ def test_memory_is_known_before(form: str, size: int, embedding: Tensor) -> None
     given: Any = (CAPACITY, 5, torch.bfloat16, group)
     head = NativeDraft(draft, embedding.bfloat16(), CAPACITY, 5, given[-1])
     weights = [part for part in head._weights if isinstance(part, Tensor)]
-    held = [*weights, *head._weights.fc_norms, *head._weights.mlp, head._own_DQ, head._cache.stored]
+    norms = (*head._weights.input_norm, *head._weights.fc_norms)
+    held = [*weights, *norms, *head._weights.mlp, head._own_DQ, head._cache.stored]
     assert draft_bytes(draft.config, *given) == sum(tensor.nbytes for tensor in held)
 
 
