@@ -38,11 +38,13 @@ ARGUMENTS: dict[str, list[Any]] = {
     "eagle3_norm": [P, N, N, P, c_double, P],
     "eagle3_mlp": [P, N, N, N, P, P, P],
     "eagle3_experts": [P, N, N, N, N, N, P, P, P, P, P, P],
+    "eagle3_attend": [P, N, N, N, N, N, P, N, N, P, P],
     "eagle3_packed_size": [N, N],
+    "eagle3_lanes": [],
     "eagle3_draw": [P, N, c_double, P, P, P],
     "eagle3_accept": [P, N, N, c_double, P, P, P, N, P, P, c_double, P],
 }
-COUNTS = ("eagle3_packed_size", "eagle3_accept")
+COUNTS = ("eagle3_packed_size", "eagle3_lanes", "eagle3_accept")
 
 
 class Unavailable(Exception):

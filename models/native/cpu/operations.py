@@ -16,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache import Cache
 from ..config import DecoderConfig
 from ..operations import Matrix, Operations
+from ..sights import Blocks, Sight
 from ..weights import Dense, Experts
 from .library import Library, Unavailable, load_library
 
@@ -40,7 +42,7 @@ class Fast(NamedTuple):
 
 
 class CompiledOperations(Operations):
-    """Plain torch, but for products of few rows, norms included.
+    """Plain torch, but for products of few rows, norms and attention to a cache included.
 
     Args:
         config: the decoder's.
@@ -51,6 +53,8 @@ class CompiledOperations(Operations):
         super().__init__(config, torch.device("cpu"))
         self.library = library
         self._functions = library.functions
+        queries = config.query_width
+        self._attends = not config.head_dim % self._functions.eagle3_lanes() and config.hidden_size * queries <= SMALL
         self._fast: dict[int, Fast] = {}
         self._held: list[Matrix] = []  # whose numbers are the keys above
 
@@ -82,6 +86,29 @@ class CompiledOperations(Operations):
         eps = self.config.rms_norm_eps
         self._functions.eagle3_norm(x_TH.data_ptr(), rows, hidden, weight_H.data_ptr(), eps, y_TH.data_ptr())
         return y_TH
+
+    def look(self, qkv: Tensor, sight: Sight, index: int, cache: Cache | None) -> Tensor:
+        """See :class:`Operations`."""
+        if isinstance(sight, Blocks) or cache is None or not self._attends or len(qkv) > ROWS[-1]:
+            return super().look(qkv, sight, index, cache)
+        heads, stored, width = self._heads
+        y = qkv.new_empty(len(qkv), heads * width)
+        mask = None if sight.mask is None else sight.mask.data_ptr()
+        layer = cache.layers[index].data_ptr()
+        self._functions.eagle3_attend(
+            qkv.data_ptr(),
+            len(qkv),
+            qkv.stride(0),
+            heads,
+            stored,
+            width,
+            layer,
+            sight.start,
+            sight.end,
+            mask,
+            y.data_ptr(),
+        )
+        return y
 
     def linear(self, x_TI: Tensor, weight_IO: Tensor) -> Tensor:
         """See :class:`Operations`."""

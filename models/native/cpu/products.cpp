@@ -43,60 +43,68 @@ static inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / P
 static inline vec load(const float* at) { return *reinterpret_cast<const vec*>(at); }
 static inline void store(float* at, vec value) { *reinterpret_cast<vec*>(at) = value; }
 
-// One panel of y [rows, out] (+)= x [rows, in] @ weights [in, PANEL]; `width` of its columns exist.
-template <int ROWS>
-static inline void tile(const float* x, int64_t in, const float* weights, float* y, int64_t out, int64_t width, bool add) {
-    vec sums[ROWS][VECTORS];
+// y [ROWS, N vectors] (+)= x [ROWS, in] @ weights [in, N vectors]; `width` of the columns exist in y. Rows of x, weights and y
+// are `in`, `stride` and `out` numbers apart.
+template <int ROWS, int N>
+static inline void tile(const float* x, int64_t in, const float* weights, int64_t stride, float* y, int64_t out, int64_t width,
+                        bool add) {
+    vec sums[ROWS][N];
     for (int row = 0; row < ROWS; row++)
-        for (int v = 0; v < VECTORS; v++) sums[row][v] = vec{};
+        for (int v = 0; v < N; v++) sums[row][v] = vec{};
     for (int64_t k = 0; k < in; k++) {
-        vec weight[VECTORS];
-        for (int v = 0; v < VECTORS; v++) weight[v] = load(weights + k * PANEL + v * LANES);
+        vec weight[N];
+        for (int v = 0; v < N; v++) weight[v] = load(weights + k * stride + v * LANES);
         for (int row = 0; row < ROWS; row++) {
             const float value = x[row * in + k];
-            for (int v = 0; v < VECTORS; v++) sums[row][v] += value * weight[v];
+            for (int v = 0; v < N; v++) sums[row][v] += value * weight[v];
         }
     }
     for (int row = 0; row < ROWS; row++) {
         float* to = y + row * out;
-        float last[PANEL];
-        float* whole = width == PANEL ? to : last;
-        if (width < PANEL && add) std::memcpy(last, to, width * sizeof(float));
-        for (int v = 0; v < VECTORS; v++) {
+        float last[N * LANES];
+        float* whole = width == N * LANES ? to : last;
+        if (width < N * LANES && add) std::memcpy(last, to, width * sizeof(float));
+        for (int v = 0; v < N; v++) {
             float* at = whole + v * LANES;
             store(at, add ? load(at) + sums[row][v] : sums[row][v]);
         }
-        if (width < PANEL) std::memcpy(to, last, width * sizeof(float));
+        if (width < N * LANES) std::memcpy(to, last, width * sizeof(float));
     }
 }
 
-static void block(int64_t rows, const float* x, int64_t in, const float* weights, float* y, int64_t out, int64_t width, bool add) {
+template <int N>
+static void block(int64_t rows, const float* x, int64_t in, const float* weights, int64_t stride, float* y, int64_t out,
+                  int64_t width, bool add) {
     switch (rows) {
-        case 1: return tile<1>(x, in, weights, y, out, width, add);
-        case 2: return tile<2>(x, in, weights, y, out, width, add);
-        case 3: return tile<3>(x, in, weights, y, out, width, add);
-        case 4: return tile<4>(x, in, weights, y, out, width, add);
-        case 5: return tile<5>(x, in, weights, y, out, width, add);
-        default: return tile<6>(x, in, weights, y, out, width, add);
+        case 1: return tile<1, N>(x, in, weights, stride, y, out, width, add);
+        case 2: return tile<2, N>(x, in, weights, stride, y, out, width, add);
+        case 3: return tile<3, N>(x, in, weights, stride, y, out, width, add);
+        case 4: return tile<4, N>(x, in, weights, stride, y, out, width, add);
+        case 5: return tile<5, N>(x, in, weights, stride, y, out, width, add);
+        default: return tile<6, N>(x, in, weights, stride, y, out, width, add);
     }
+}
+
+// As tile, for any number of rows.
+template <int N>
+static void columns(const float* x, int64_t rows, int64_t in, const float* weights, int64_t stride, float* y, int64_t out,
+                    int64_t width, bool add) {
+    // Blocks of about one size: 8 rows as 4 and 4, not as 6 and 2.
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = (rows + blocks - 1) / blocks;
+    for (int64_t row = 0; row < rows; row += size)
+        block<N>(std::min(size, rows - row), x + row * in, in, weights, stride, y + row * out, out, width, add);
 }
 
 static void product(const float* x, int64_t rows, int64_t in, int64_t out, const float* packed, float* y, bool add) {
-    // Blocks of about one size: 8 rows as 4 and 4, not as 6 and 2.
-    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = (rows + blocks - 1) / blocks;
-    for (int64_t panel = 0; panel < panels(out); panel++) {
-        const int64_t from = panel * PANEL;
-        for (int64_t row = 0; row < rows; row += size)
-            block(std::min(size, rows - row), x + row * in, in, packed + from * in, y + row * out + from, out,
-                  std::min(PANEL, out - from), add);
-    }
+    for (int64_t from = 0; from < out; from += PANEL)
+        columns<VECTORS>(x, rows, in, packed + from * in, PANEL, y + from, out, std::min(PANEL, out - from), add);
 }
 
-// exp to about 1e-7, relative: 2**n * exp(r) with r in [-ln 2 / 2, ln 2 / 2], the latter by its series.
-static inline vec exponential(vec x) {
+// exp to about 1e-7, relative, and 0 below exp(-87): 2**n * exp(r) with r in [-ln 2 / 2, ln 2 / 2], the latter by its series.
+static inline vec exponential(vec given) {
     const float rounder = 12582912.0f;  // 1.5 * 2**23: adding it leaves whole numbers
-    vec low = vec{} - 87.0f, high = vec{} + 88.0f;
-    x = x < low ? low : x;
+    const vec low = vec{} - 87.0f, high = vec{} + 88.0f;
+    vec x = given < low ? low : given;
     x = x > high ? high : x;
     const vec n = (x * 1.44269504f + rounder) - rounder;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -111,7 +119,7 @@ static inline vec exponential(vec x) {
     const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     vec scale;
     std::memcpy(&scale, &power, sizeof scale);
-    return sum * scale;
+    return given < low ? vec{} : sum * scale;
 }
 
 // silu(gate) * up, [rows, 2 * inner] to [rows, inner].
@@ -135,7 +143,7 @@ static void probabilities(const float* logits, int64_t count, float temperature,
     const float scale = 1.0f / temperature;
     int64_t at = 0;
     for (; at + LANES <= count; at += LANES) store(to + at, exponential((load(logits + at) - most) * scale));
-    for (; at < count; at++) to[at] = std::exp(std::max((logits[at] - most) * scale, -87.0f));
+    for (; at < count; at++) to[at] = std::exp((logits[at] - most) * scale);
     double sum = 0;
     for (at = 0; at < count; at++) sum += to[at];
     const float share = static_cast<float>(1.0 / sum);
@@ -158,7 +166,7 @@ static int64_t drawn(const float* weights, int64_t count, double uniform) {
 }
 
 struct Scratch {
-    std::vector<float> gate_up, inner, rows, results, logits;
+    std::vector<float> gate_up, inner, rows, results, logits, queries, keys, scores;
     std::vector<int64_t> experts, order;
     static float* room(std::vector<float>& held, int64_t count) {
         if (static_cast<int64_t>(held.size()) < count) held.resize(count);
@@ -208,6 +216,50 @@ void eagle3_norm(const float* x, int64_t rows, int64_t hidden, const float* weig
         const float scale = static_cast<float>(1.0 / std::sqrt(sum / hidden + eps));
         for (at = 0; at + LANES <= hidden; at += LANES) store(y + at, load(x + at) * scale * load(weight + at));
         for (; at < hidden; at++) y[at] = x[at] * scale * weight[at];
+    }
+}
+
+// Numbers of a vector: attention wants heads of a multiple of them.
+int64_t eagle3_lanes() { return LANES; }
+
+// What queries attend to in a cache: y [rows, heads * width].
+//
+// queries: [rows, heads * width], rows `stride` numbers apart, with their positions; cache: of a layer, a row of 2 * stored * width
+// numbers per token, keys first; the queries see the tokens from `start` to before `end`, and `mask` [rows, end - start] is
+// added to their scores, or null.
+void eagle3_attend(const float* queries, int64_t rows, int64_t stride, int64_t heads, int64_t stored, int64_t width,
+                   const float* cache, int64_t start, int64_t end, const float* mask, float* y) {
+    const int64_t group = heads / stored, seen = end - start, token = 2 * stored * width, all = rows * group;
+    const float root = 1.0f / std::sqrt(static_cast<float>(width));
+    float* q = Scratch::room(scratch.queries, 2 * all * width);
+    float *attended = q + all * width, *keys = Scratch::room(scratch.keys, width * PANEL);
+    float* scores = Scratch::room(scratch.scores, all * seen);
+    for (int64_t head = 0; head < stored; head++) {
+        for (int64_t row = 0; row < rows; row++) {
+            const float* from = queries + row * stride + head * group * width;
+            for (int64_t at = 0; at < group * width; at++) q[row * group * width + at] = from[at] * root;
+        }
+        const float* first = cache + start * token + head * width;
+        for (int64_t from = 0; from < seen; from += PANEL) {
+            const int64_t some = std::min(PANEL, seen - from);
+            for (int64_t key = 0; key < some; key++)
+                for (int64_t at = 0; at < width; at++) keys[at * PANEL + key] = first[(from + key) * token + at];
+            columns<VECTORS>(q, all, width, keys, PANEL, scores + from, seen, some, false);
+        }
+        for (int64_t row = 0; row < all; row++) {
+            float* score = scores + row * seen;
+            if (mask)
+                for (int64_t key = 0; key < seen; key++) score[key] += mask[row / group * seen + key];
+            probabilities(score, seen, 1.0f, score);
+        }
+        const float* values = first + stored * width;
+        int64_t at = 0;
+        for (; at + PANEL <= width; at += PANEL)
+            columns<VECTORS>(scores, all, seen, values + at, token, attended + at, width, PANEL, false);
+        for (; at < width; at += LANES) columns<1>(scores, all, seen, values + at, token, attended + at, width, LANES, false);
+        for (int64_t row = 0; row < rows; row++)
+            std::memcpy(y + (row * stored + head) * group * width, attended + row * group * width,
+                        group * width * sizeof(float));
     }
 }
 

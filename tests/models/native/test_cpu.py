@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig
 from eagle3.models.native.cpu import library, operations
 from eagle3.models.native.cpu.library import Unavailable, load_library
 from eagle3.models.native.cpu.operations import ROWS, CompiledOperations, make_operations
 from eagle3.models.native.decoder import Decoder
 from eagle3.models.native.operations import Operations
-from eagle3.models.native.sights import branching, following
+from eagle3.models.native.sights import Window, branching, following
 from eagle3.models.native.weights import Dense, Experts, allocate
 from torch import Tensor
 
@@ -141,6 +142,29 @@ def test_a_decoder_of_every_variant(pair: Pair) -> None:
         steps.append(target.forward(ids[:3], branching(cache, nodes, chunks, torch.float32), cache)[0])
         found.append(torch.cat(steps))
     assert_close(found[0], found[1], 1e-4)
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 16), (4, 2, 32), (6, 1, 80), (4, 4, 128)])
+@pytest.mark.parametrize("rows", [1, 2, 6, 23, 64])
+def test_attention_to_a_cache(rows: int, heads: tuple[int, int, int]) -> None:
+    """To all of it or a window of it, with and without a mask; what is masked may hold anything finite."""
+    count, stored, width = heads
+    layer = LayerConfig(rotates=True, chunk=0, experts=0, width=8)
+    compiled, plain = ways(DecoderConfig(8, 32, count, stored, width, 1e-5, 1e4, (layer,)))
+    assert compiled._attends
+    cache = Cache(compiled.config, 150, torch.empty(0))
+    cache.stored.normal_()
+    wide = torch.randn(rows + 3, (count + 2 * stored) * width)
+    mask = torch.zeros(rows, 91).masked_fill_(torch.rand(rows, 91) < 0.5, -torch.inf)
+    mask[:, 7] = 0.0
+    cache.stored[0, 9 + mask.isinf().all(0).nonzero()[:, 0]] = 1e30
+    for qkv, limit in ((wide[3:], 1e-5), (20 * wide[3:], 1e-4)):
+        for sight in (
+            Window(9, 100, mask),
+            Window(0, 150, torch.zeros(rows, 150)),
+            *([Window(3, 4, None)] * (rows == 1)),
+        ):
+            assert_close(compiled.look(qkv, sight, 0, cache), plain.look(qkv, sight, 0, cache), limit)
 
 
 def test_each_way_is_taken_where_it_was_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
