@@ -33,10 +33,13 @@
 #endif
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef float quarter __attribute__((vector_size(16), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4), aligned(4)));
 
 static const int64_t PANEL = LANES * VECTORS;
 static const int64_t BLOCK = 6;  // rows that share a read of the weights
+
+static const int64_t FEW = 4;    // queries of a head for which attention takes its keys as they are
 
 static inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
 
@@ -136,16 +139,47 @@ static void gated(const float* gate_up, int64_t rows, int64_t inner, float* to) 
     }
 }
 
-// Probabilities [count] at a temperature above 0.
-static void probabilities(const float* logits, int64_t count, float temperature, float* to) {
-    float most = logits[0];
-    for (int64_t at = 1; at < count; at++) most = std::max(most, logits[at]);
-    const float scale = 1.0f / temperature;
+// Of vectors of a whole number of lanes.
+static inline float dot(const float* a, const float* b, int64_t count) {
+    vec sums = load(a) * load(b);
+    for (int64_t at = LANES; at < count; at += LANES) sums += load(a + at) * load(b + at);
+    quarter parts[LANES / 4];
+    std::memcpy(parts, &sums, sizeof sums);
+    for (int size = LANES / 8; size > 0; size /= 2)
+        for (int part = 0; part < size; part++) parts[part] += parts[part + size];
+    return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
+}
+
+static float largest(const float* x, int64_t count) {
+    float most = x[0];
     int64_t at = 0;
-    for (; at + LANES <= count; at += LANES) store(to + at, exponential((load(logits + at) - most) * scale));
-    for (; at < count; at++) to[at] = std::exp((logits[at] - most) * scale);
+    if (count >= LANES) {
+        vec best = load(x);
+        for (; at + LANES <= count; at += LANES) {
+            const vec next = load(x + at);
+            best = next > best ? next : best;
+        }
+        for (int lane = 0; lane < LANES; lane++) most = std::max(most, best[lane]);
+    }
+    for (; at < count; at++) most = std::max(most, x[at]);
+    return most;
+}
+
+// Probabilities [count] at a temperature above 0. Sums of a vector's length are float32, those of them float64.
+static void probabilities(const float* logits, int64_t count, float temperature, float* to) {
+    const float most = largest(logits, count), scale = 1.0f / temperature;
     double sum = 0;
-    for (at = 0; at < count; at++) sum += to[at];
+    int64_t at = 0;
+    while (at + LANES <= count) {
+        vec sums = {};
+        for (const int64_t end = std::min(count, at + 32 * LANES); at + LANES <= end; at += LANES) {
+            const vec weight = exponential((load(logits + at) - most) * scale);
+            store(to + at, weight);
+            sums += weight;
+        }
+        for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    }
+    for (; at < count; at++) sum += to[at] = std::exp((logits[at] - most) * scale);
     const float share = static_cast<float>(1.0 / sum);
     for (at = 0; at < count; at++) to[at] *= share;
 }
@@ -240,7 +274,10 @@ void eagle3_attend(const float* queries, int64_t rows, int64_t stride, int64_t h
             for (int64_t at = 0; at < group * width; at++) q[row * group * width + at] = from[at] * root;
         }
         const float* first = cache + start * token + head * width;
-        for (int64_t from = 0; from < seen; from += PANEL) {
+        for (int64_t key = 0; all <= FEW && key < seen; key++)
+            for (int64_t row = 0; row < all; row++) scores[row * seen + key] = dot(q + row * width, first + key * token, width);
+        // For more rows it pays to turn keys into columns, a panel at a time.
+        for (int64_t from = 0; all > FEW && from < seen; from += PANEL) {
             const int64_t some = std::min(PANEL, seen - from);
             for (int64_t key = 0; key < some; key++)
                 for (int64_t at = 0; at < width; at++) keys[at * PANEL + key] = first[(from + key) * token + at];
@@ -256,6 +293,8 @@ void eagle3_attend(const float* queries, int64_t rows, int64_t stride, int64_t h
         int64_t at = 0;
         for (; at + PANEL <= width; at += PANEL)
             columns<VECTORS>(scores, all, seen, values + at, token, attended + at, width, PANEL, false);
+        for (; at + 2 * LANES <= width; at += 2 * LANES)
+            columns<2>(scores, all, seen, values + at, token, attended + at, width, 2 * LANES, false);
         for (; at < width; at += LANES) columns<1>(scores, all, seen, values + at, token, attended + at, width, LANES, false);
         for (int64_t row = 0; row < rows; row++)
             std::memcpy(y + (row * stored + head) * group * width, attended + row * group * width,
