@@ -46,11 +46,16 @@ static inline int64_t panels(int64_t columns) { return (columns + PANEL - 1) / P
 static inline vec load(const float* at) { return *reinterpret_cast<const vec*>(at); }
 static inline void store(float* at, vec value) { *reinterpret_cast<vec*>(at) = value; }
 
-// y [ROWS, N vectors] (+)= x [ROWS, in] @ weights [in, N vectors]; `width` of the columns exist in y. Rows of x, weights and y
-// are `in`, `stride` and `out` numbers apart.
+// Rows of numbers, `row` apart from one another, the numbers of a row `step` apart.
+struct Rows {
+    const float* at;
+    int64_t row, step;
+};
+
+// y [ROWS, N vectors] (+)= x [ROWS, in] @ weights [in, N vectors]; `width` of the columns exist in y. Rows of weights and y are
+// `stride` and `out` numbers apart.
 template <int ROWS, int N>
-static inline void tile(const float* x, int64_t in, const float* weights, int64_t stride, float* y, int64_t out, int64_t width,
-                        bool add) {
+static inline void tile(Rows x, int64_t in, const float* weights, int64_t stride, float* y, int64_t out, int64_t width, bool add) {
     vec sums[ROWS][N];
     for (int row = 0; row < ROWS; row++)
         for (int v = 0; v < N; v++) sums[row][v] = vec{};
@@ -58,7 +63,7 @@ static inline void tile(const float* x, int64_t in, const float* weights, int64_
         vec weight[N];
         for (int v = 0; v < N; v++) weight[v] = load(weights + k * stride + v * LANES);
         for (int row = 0; row < ROWS; row++) {
-            const float value = x[row * in + k];
+            const float value = x.at[row * x.row + k * x.step];
             for (int v = 0; v < N; v++) sums[row][v] += value * weight[v];
         }
     }
@@ -75,32 +80,27 @@ static inline void tile(const float* x, int64_t in, const float* weights, int64_
     }
 }
 
-template <int N>
-static void block(int64_t rows, const float* x, int64_t in, const float* weights, int64_t stride, float* y, int64_t out,
-                  int64_t width, bool add) {
-    switch (rows) {
-        case 1: return tile<1, N>(x, in, weights, stride, y, out, width, add);
-        case 2: return tile<2, N>(x, in, weights, stride, y, out, width, add);
-        case 3: return tile<3, N>(x, in, weights, stride, y, out, width, add);
-        case 4: return tile<4, N>(x, in, weights, stride, y, out, width, add);
-        case 5: return tile<5, N>(x, in, weights, stride, y, out, width, add);
-        default: return tile<6, N>(x, in, weights, stride, y, out, width, add);
-    }
-}
-
 // As tile, for any number of rows.
 template <int N>
-static void columns(const float* x, int64_t rows, int64_t in, const float* weights, int64_t stride, float* y, int64_t out,
-                    int64_t width, bool add) {
+static void columns(Rows x, int64_t rows, int64_t in, const float* weights, int64_t stride, float* y, int64_t out, int64_t width,
+                    bool add) {
     // Blocks of about one size: 8 rows as 4 and 4, not as 6 and 2.
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = (rows + blocks - 1) / blocks;
-    for (int64_t row = 0; row < rows; row += size)
-        block<N>(std::min(size, rows - row), x + row * in, in, weights, stride, y + row * out, out, width, add);
+    for (int64_t row = 0; row < rows; row += size, x.at += size * x.row, y += size * out) {
+        switch (std::min(size, rows - row)) {
+            case 1: tile<1, N>(x, in, weights, stride, y, out, width, add); break;
+            case 2: tile<2, N>(x, in, weights, stride, y, out, width, add); break;
+            case 3: tile<3, N>(x, in, weights, stride, y, out, width, add); break;
+            case 4: tile<4, N>(x, in, weights, stride, y, out, width, add); break;
+            case 5: tile<5, N>(x, in, weights, stride, y, out, width, add); break;
+            default: tile<6, N>(x, in, weights, stride, y, out, width, add);
+        }
+    }
 }
 
 static void product(const float* x, int64_t rows, int64_t in, int64_t out, const float* packed, float* y, bool add) {
     for (int64_t from = 0; from < out; from += PANEL)
-        columns<VECTORS>(x, rows, in, packed + from * in, PANEL, y + from, out, std::min(PANEL, out - from), add);
+        columns<VECTORS>({x, in, 1}, rows, in, packed + from * in, PANEL, y + from, out, std::min(PANEL, out - from), add);
 }
 
 // exp to about 1e-7, relative, and 0 below exp(-87): 2**n * exp(r) with r in [-ln 2 / 2, ln 2 / 2], the latter by its series.
@@ -218,6 +218,75 @@ static void mlp(const float* x, int64_t rows, int64_t hidden, int64_t inner, con
     product(between, rows, inner, hidden, down, y, false);
 }
 
+// weights [rows, seen], by `weights`, @ values [seen, width], rows of which are `token` apart, to [rows, width].
+static void mix(Rows weights, int64_t rows, int64_t seen, const float* values, int64_t token, int64_t width, float* to) {
+    int64_t at = 0;
+    for (; at + PANEL <= width; at += PANEL)
+        columns<VECTORS>(weights, rows, seen, values + at, token, to + at, width, PANEL, false);
+    for (; at + 2 * LANES <= width; at += 2 * LANES)
+        columns<2>(weights, rows, seen, values + at, token, to + at, width, 2 * LANES, false);
+    for (; at < width; at += LANES) columns<1>(weights, rows, seen, values + at, token, to + at, width, LANES, false);
+}
+
+// Attention of the queries [all, width] of one key/value head, `group` of which are of one row and share its mask.
+static void attend_few(const float* q, int64_t all, int64_t width, const float* keys, const float* values, int64_t token,
+                       int64_t seen, const float* mask, int64_t group, float* to) {
+    float* scores = Scratch::room(scratch.scores, all * seen);
+    for (int64_t key = 0; key < seen; key++)
+        for (int64_t row = 0; row < all; row++)
+            scores[row * seen + key] =
+                dot(q + row * width, keys + key * token, width) + (mask ? mask[row / group * seen + key] : 0.0f);
+    for (int64_t row = 0; row < all; row++) probabilities(scores + row * seen, seen, 1.0f, scores + row * seen);
+    mix({scores, seen, 1}, all, seen, values, token, width, to);
+}
+
+// As attend_few, where queries fill vectors: scores lie by key, [seen, N vectors of queries].
+template <int N>
+static void attend_panel(const float* q, int64_t some, int64_t width, const float* keys, const float* values, int64_t token,
+                         int64_t seen, const float* mask, int64_t group, int64_t first, float* to) {
+    const int64_t padded = N * LANES;
+    float *turned = Scratch::room(scratch.keys, width * padded), *scores = Scratch::room(scratch.scores, seen * padded);
+    std::fill(turned, turned + width * padded, 0.0f);
+    for (int64_t row = 0; row < some; row++)
+        for (int64_t at = 0; at < width; at++) turned[at * padded + row] = q[row * width + at];
+    columns<N>({keys, token, 1}, seen, width, turned, padded, scores, padded, padded, false);
+    if (mask)
+        for (int64_t row = 0; row < some; row++) {
+            const float* added = mask + (first + row) / group * seen;
+            for (int64_t key = 0; key < seen; key++)
+                if (added[key] != 0.0f) scores[key * padded + row] += added[key];  // mostly it is 0
+        }
+    vec most[N], sums[N];
+    for (int v = 0; v < N; v++) {
+        most[v] = load(scores + v * LANES);
+        for (int64_t key = 1; key < seen; key++) {
+            const vec next = load(scores + key * padded + v * LANES);
+            most[v] = next > most[v] ? next : most[v];
+        }
+        sums[v] = vec{};
+        for (int64_t key = 0; key < seen; key++) {
+            float* at = scores + key * padded + v * LANES;
+            const vec weight = exponential(load(at) - most[v]);
+            store(at, weight);
+            sums[v] += weight;
+        }
+    }
+    mix({scores, 1, padded}, some, seen, values, token, width, to);
+    for (int64_t row = 0; row < some; row++) {
+        const float share = 1.0f / sums[row / LANES][row % LANES];
+        for (int64_t at = 0; at < width; at++) to[row * width + at] *= share;
+    }
+}
+
+static void attend_many(const float* q, int64_t all, int64_t width, const float* keys, const float* values, int64_t token,
+                        int64_t seen, const float* mask, int64_t group, float* to) {
+    for (int64_t first = 0; first < all; first += PANEL) {
+        const int64_t some = std::min(PANEL, all - first);
+        auto panel = some <= LANES ? attend_panel<1> : some <= 2 * LANES ? attend_panel<2> : attend_panel<VECTORS>;
+        panel(q + first * width, some, width, keys, values, token, seen, mask, group, first, to + first * width);
+    }
+}
+
 extern "C" {
 
 const char* eagle3_isa() { return NAME; }
@@ -266,36 +335,17 @@ void eagle3_attend(const float* queries, int64_t rows, int64_t stride, int64_t h
     const int64_t group = heads / stored, seen = end - start, token = 2 * stored * width, all = rows * group;
     const float root = 1.0f / std::sqrt(static_cast<float>(width));
     float* q = Scratch::room(scratch.queries, 2 * all * width);
-    float *attended = q + all * width, *keys = Scratch::room(scratch.keys, width * PANEL);
-    float* scores = Scratch::room(scratch.scores, all * seen);
+    float* attended = q + all * width;
     for (int64_t head = 0; head < stored; head++) {
         for (int64_t row = 0; row < rows; row++) {
             const float* from = queries + row * stride + head * group * width;
             for (int64_t at = 0; at < group * width; at++) q[row * group * width + at] = from[at] * root;
         }
-        const float* first = cache + start * token + head * width;
-        for (int64_t key = 0; all <= FEW && key < seen; key++)
-            for (int64_t row = 0; row < all; row++) scores[row * seen + key] = dot(q + row * width, first + key * token, width);
-        // For more rows it pays to turn keys into columns, a panel at a time.
-        for (int64_t from = 0; all > FEW && from < seen; from += PANEL) {
-            const int64_t some = std::min(PANEL, seen - from);
-            for (int64_t key = 0; key < some; key++)
-                for (int64_t at = 0; at < width; at++) keys[at * PANEL + key] = first[(from + key) * token + at];
-            columns<VECTORS>(q, all, width, keys, PANEL, scores + from, seen, some, false);
-        }
-        for (int64_t row = 0; row < all; row++) {
-            float* score = scores + row * seen;
-            if (mask)
-                for (int64_t key = 0; key < seen; key++) score[key] += mask[row / group * seen + key];
-            probabilities(score, seen, 1.0f, score);
-        }
-        const float* values = first + stored * width;
-        int64_t at = 0;
-        for (; at + PANEL <= width; at += PANEL)
-            columns<VECTORS>(scores, all, seen, values + at, token, attended + at, width, PANEL, false);
-        for (; at + 2 * LANES <= width; at += 2 * LANES)
-            columns<2>(scores, all, seen, values + at, token, attended + at, width, 2 * LANES, false);
-        for (; at < width; at += LANES) columns<1>(scores, all, seen, values + at, token, attended + at, width, LANES, false);
+        const float *keys = cache + start * token + head * width, *values = keys + stored * width;
+        if (all <= FEW)
+            attend_few(q, all, width, keys, values, token, seen, mask, group, attended);
+        else
+            attend_many(q, all, width, keys, values, token, seen, mask, group, attended);
         for (int64_t row = 0; row < rows; row++)
             std::memcpy(y + (row * stored + head) * group * width, attended + row * group * width,
                         group * width * sizeof(float));
