@@ -8,8 +8,8 @@ A round of a chain of k tokens emits E(k) = 1 + sum over i <= k of P(accepted >=
 E(k) * (time of a plain token) / (time of the round) times as fast as plain decoding. P does not depend on k, as the same
 tokens are drafted first: one pass with the longest chain says all of it. Times are those of whole rounds, with everything
 that belongs to one: drafting, verification, what is decided, and the accepted tokens' rows in the head. Chains of all
-lengths and plain tokens take turns along the same answers, in an order that is drawn anew for each turn, so that whatever
-else the machine does falls on all, and of each the median counts; where one thread computes, its own time is taken, which
+lengths and plain tokens take turns of a few rounds along the same answers, in an order that is drawn anew each time, so that
+whatever else the machine does falls on all, and of each the median counts; where one thread computes, its own time is taken, which
 does not pass while another process has the core. Since no longer chain takes less, times that say so are averaged (isotonic
 regression).
 
@@ -38,14 +38,15 @@ import torch
 
 from ..configs.drafting import FIXED, LONGEST
 from ..configs.errors import UserError
-from .speculate import Drafter, Limits, Sampling, Verifier, decode
+from .speculate import Drafter, Limits, Sampling, Verdict, Verifier, decode
 
 Json = dict[str, Any]
 Clock = Callable[[], float]
 FILE = "calibration.json"
-PROMPTS, TOKENS = 8, 48  # how many validation prompts are answered, and how far
-TURNS = 24  # rounds of each chain that are timed
-MARGIN = 0.01  # by which a longer chain must be faster to be chosen
+PROMPTS, TOKENS = 8, 96  # how many validation prompts are answered, and how far
+TURNS = 8  # that each chain has
+IN_A_ROW = 5  # rounds of a turn; the first is not counted, since caches hold what the turn before it needed
+MARGIN = 0.02  # by which a longer chain must be faster to be chosen
 
 
 class Request(NamedTuple):
@@ -127,11 +128,12 @@ def costs(
         drafters: as for :func:`calibrate`.
         tokens: of an answer, 2 or more.
         clock: as for :func:`calibrate`.
-        turns: rounds of each chain that count; one more is made first, to warm up.
+        turns: of each chain that count; one more is taken first, to warm up.
     """
     drawn = random.Random(0)
     sizes = range(len(drafters) + 1)
-    lengths = itertools.chain.from_iterable(drawn.sample(sizes, len(sizes)) for _ in range(turns + 1))
+    order = itertools.chain.from_iterable(drawn.sample(sizes, len(sizes)) for _ in range(turns + 1))
+    lengths = (length for length in order for _ in range(IN_A_ROW))
     seconds: list[list[float]] = [[] for _ in sizes]
     head = drafters[0]
     for request in itertools.cycle(requests):
@@ -139,20 +141,29 @@ def costs(
         for drafter in drafters:
             drafter.start(request.sampling)
         head.update(verdict)
-        left = tokens - 1
+        left, plain = tokens - 1, list[Verdict]()
         while left > 0:
             if (length := next(lengths, None)) is None:
-                token, *rounds = rising([statistics.median(found[1:]) for found in seconds])
+                token, *rounds = rising([statistics.median(_settled(found)) for found in seconds])
                 return Timed(token, rounds)
+            if length:  # plain decoding needed no head, but this round does
+                for missed in plain:
+                    head.update(missed)
+                plain.clear()
             started = clock()
             verdict = verifier.verify(drafters[length - 1].propose() if length else None)
             if length:
                 head.update(verdict)
+            else:
+                plain.append(verdict)
             seconds[length].append(clock() - started)
-            if not length:  # plain decoding needs no head, but the next round does
-                head.update(verdict)
             left -= len(verdict.tokens)
     raise ValueError("there are no requests")
+
+
+def _settled(seconds: Sequence[float]) -> list[float]:
+    """Without the first turn, and the first round of every other."""
+    return [found for index, found in enumerate(seconds) if index >= IN_A_ROW and index % IN_A_ROW]
 
 
 def rising(values: Sequence[float]) -> list[float]:

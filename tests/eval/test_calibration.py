@@ -19,6 +19,7 @@ from eagle3.data.conversations import Conversation
 from eagle3.data.files import encode_line
 from eagle3.eval import calibration, stage
 from eagle3.eval.calibration import (
+    IN_A_ROW,
     Counted,
     Request,
     Timed,
@@ -109,7 +110,7 @@ class Machine:
         return Verdict([*prompt[1:], 7], torch.empty(0))
 
     def verify(self, proposal: Proposal | None) -> Verdict:
-        assert self.taken_in == self.length  # no gaps in the head's rows
+        assert proposal is None or self.taken_in == self.length  # no gaps in the rows of a head that drafts
         count = 0 if proposal is None else len(proposal.tokens)
         self.verified.append(count)
         self.time += 10 + count + (1000 if len(self.verified) % 11 == 0 else 0)
@@ -141,7 +142,9 @@ def test_costs_are_those_of_rounds_whatever_else_the_machine_does() -> None:
     verifier: Any = machine
     timed = costs(requests, verifier, chains, tokens=6, clock=machine.clock, turns=9)
     assert timed == (10, [10 + 3 * length for length in range(1, 5)])
-    turns = [sorted(machine.verified[at : at + 5]) for at in range(0, len(machine.verified), 5)]
+    blocks = [machine.verified[at : at + IN_A_ROW] for at in range(0, len(machine.verified), IN_A_ROW)]
+    assert all(len(set(block)) == 1 for block in blocks)
+    turns = [sorted(block[0] for block in blocks[at : at + 5]) for at in range(0, len(blocks), 5)]
     assert turns == [[0, 1, 2, 3, 4]] * 10
 
 
