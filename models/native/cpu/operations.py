@@ -132,7 +132,7 @@ class CompiledOperations(Operations):
         fast = self._fast.get(id(weights))
         if fast is None or x_TH.shape[0] > fast.most:
             return super().mlp(x_TH, weights)
-        y_TH = torch.empty_like(x_TH)
+        y_TH = x_TH.new_empty(x_TH.shape)
         fast.run(x_TH, y_TH)
         return y_TH
 
@@ -141,7 +141,7 @@ class CompiledOperations(Operations):
         fast = self._fast.get(id(weights))
         if fast is None or x_TH.shape[0] > fast.most:
             return super().experts(x_TH, weights)
-        y_TH = torch.empty_like(x_TH)
+        y_TH = x_TH.new_empty(x_TH.shape)
         fast.run(x_TH, y_TH)
         return y_TH
 

@@ -84,6 +84,7 @@ static inline void tile(Rows x, int64_t in, const float* weights, int64_t stride
 template <int N>
 static void columns(Rows x, int64_t rows, int64_t in, const float* weights, int64_t stride, float* y, int64_t out, int64_t width,
                     bool add) {
+    if (rows <= 0) return;
     // Blocks of about one size: 8 rows as 4 and 4, not as 6 and 2.
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK, size = (rows + blocks - 1) / blocks;
     for (int64_t row = 0; row < rows; row += size, x.at += size * x.row, y += size * out) {

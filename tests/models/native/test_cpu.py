@@ -58,6 +58,19 @@ def test_product(rows: int, inputs: int, outputs: int) -> None:
         assert_close(compiled.add_linear(y.clone(), x, weight), plain.add_linear(y, x, weight), 1e-5)
 
 
+def test_rows_that_do_not_lie_one_behind_the_other_and_none_at_all() -> None:
+    compiled, plain = ways(config(experts=4))
+    weight, mlp = torch.randn(32, 70), random_mlp(config(experts=4))
+    compiled.prepare([weight, mlp, mlp.shared])
+    for x in (torch.randn(32, 6).t(), torch.randn(1, 32).expand(6, 32)):
+        assert_close(compiled.linear(x, weight), plain.linear(x, weight), 1e-5)
+        assert_close(compiled.mlp(x, mlp.shared), plain.mlp(x, mlp.shared), 1e-5)
+        assert_close(compiled.experts(x, mlp), plain.experts(x, mlp), 1e-4)
+    nothing = torch.randn(0, 32)
+    assert compiled.linear(nothing, weight).shape == (0, 70)
+    assert compiled.mlp(nothing, mlp.shared).shape == compiled.experts(nothing, mlp).shape == (0, 32)
+
+
 def test_a_row_is_computed_alike_whatever_is_beside_it() -> None:
     """So a token that is verified has the logits, to the bit, that plain decoding has."""
     compiled, _ = ways(config(experts=4))
