@@ -27,7 +27,7 @@ from ..models.start import begin, feature_scale
 from . import checkpoint
 from .batches import Collated, Schedule, blank, collate, divide, some_states
 from .feed import Clock, Planned, feed
-from .launch import any_rank, gather_parameters
+from .launch import any_rank, description, gather_parameters, prepare
 from .module import Trained, TrainingTimeTest
 from .optimizer import kinds, learning_rate, make_optimizer
 from .progress import TrainProgress
@@ -76,7 +76,9 @@ class Trainer:
         embedding, lm_head = (tensor.to(accelerator.device) for tensor in ends)
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = make_optimizer(draft, feature_scale(draft, states), chosen)
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.module, self.optimizer = prepare(accelerator, module, optimizer)
+        if accelerator.is_main_process:
+            print(f"train: {description(accelerator, self.module)}", flush=True)
         self.schedule = Schedule(samples.passes, samples.lengths, chosen.batch_tokens, settings.run.seed)
         self.best: dict[str, Any] = {"step": 0, "acceptance_length": 0.0}
         peak = peak_of(accelerator.device)
