@@ -6,6 +6,8 @@ What a launcher asks for is what runs, or training is refused in one line: accel
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def make_accelerator(settings: Settings, run_dir: Path) -> Accelerator:
         problem, remedy = "accelerate runs without it", "unset ACCELERATE_USE_CPU, or launch without DeepSpeed"
         raise UserError("ACCELERATE_USE_DEEPSPEED", "true", problem, remedy)
     if plugin is not None:
-        _configure(plugin, settings)
+        configure(plugin, settings)
     if tracked:
         options = {"wandb": {"name": settings.run.name, "mode": settings.train.tracker, "dir": str(run_dir)}}
         accelerator.init_trackers("eagle3", init_kwargs=options)
@@ -74,14 +76,27 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.
     Raises:
         UserError: DeepSpeed does not run what the launcher asked for.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the trainer sets it at every step
-    prepared, wrapped = accelerator.prepare(module, optimizer)
-    # In bfloat16 at stage 0 DeepSpeed steps once, without gradients, to have the moments allocated.
-    optimizer.state.clear()
+    with unstepped(optimizer):
+        prepared, wrapped = accelerator.prepare(module, optimizer)
     if (plugin := deepspeed_plugin(accelerator)) is not None:
         _check_engine(plugin, prepared)
     return prepared, wrapped
+
+
+@contextmanager
+def unstepped(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo what is stepped inside.
+
+    In bfloat16 at stage 0 DeepSpeed steps once as it starts, with gradients of zero: weights would decay, and Adam would be
+    a step ahead.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    yield
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def description(accelerator: Accelerator, module: nn.Module) -> str:
@@ -118,7 +133,7 @@ def _check_environment(settings: Settings) -> None:
         raise UserError("ACCELERATE_USE_DEEPSPEED", "true", problem, remedy)
 
 
-def _configure(plugin: DeepSpeedPlugin, settings: Settings) -> None:
+def configure(plugin: DeepSpeedPlugin, settings: Settings) -> None:
     """Give DeepSpeed what the recipe says; it wants to know this before it sees a batch.
 
     Raises:

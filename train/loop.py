@@ -174,13 +174,13 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         # Gradients are averaged over ranks and micro-batches; every row of the global batch shall count the same.
         scale = accelerator.num_processes * chosen.accumulation / max(1, planned.rows)
-        sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), 0.0
+        sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), None
         for part in parts:
             with accelerator.accumulate(self.module):
                 trained: Trained = self.module(part.on(accelerator.device))
                 accelerator.backward(trained.loss * scale)
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip) or 0.0)
+                    norm = accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += _sums(trained)
@@ -197,7 +197,7 @@ class Trainer:
             "loss": round(loss, 7),
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
-            "grad_norm": round(norm, 7),
+            "grad_norm": None if norm is None else round(float(norm), 7),  # DeepSpeed's stage 0 in float32 has none
             **figures(self.config, tokens, rows, seconds, self._clock.lap(), self._peak),
         }
 
