@@ -79,7 +79,7 @@ def prepare(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.
     with unstepped(optimizer):
         prepared, wrapped = accelerator.prepare(module, optimizer)
     if (plugin := deepspeed_plugin(accelerator)) is not None:
-        _check_engine(plugin, prepared)
+        check_engine(plugin, prepared)
     return prepared, wrapped
 
 
@@ -161,11 +161,17 @@ def configure(plugin: DeepSpeedPlugin, settings: Settings) -> None:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # the best head is saved whole
 
 
-def _check_engine(plugin: DeepSpeedPlugin, engine: nn.Module) -> None:
+def check_engine(plugin: DeepSpeedPlugin, engine: nn.Module) -> None:
+    """Compare what trains with what the launcher asked for.
+
+    Raises:
+        UserError: it is not DeepSpeed's engine, or of another stage or precision.
+    """
     asked = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", plugin.zero_stage))
     if (found := _stage_of(engine)) != asked:
         remedy = f"take DeepSpeed's file of stage {asked}, or do not set the stage"
-        raise UserError("zero_stage", asked, f"DeepSpeed runs stage {found}", remedy)
+        problem = "DeepSpeed does not run" if found < 0 else f"DeepSpeed runs stage {found}"
+        raise UserError("zero_stage", asked, problem, remedy)
     dtype = next(engine.parameters()).dtype
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and dtype != torch.bfloat16:
         remedy = 'set "bf16" in DeepSpeed\'s file to enabled or auto'
@@ -175,7 +181,7 @@ def _check_engine(plugin: DeepSpeedPlugin, engine: nn.Module) -> None:
 
 
 def _stage_of(engine: Any) -> int:
-    """The stage of ZeRO that an engine of DeepSpeed runs, as what it steps with says: -1 if there is none."""
+    """The stage of ZeRO that DeepSpeed's engine runs; -1 if it is none of DeepSpeed's."""
     if not hasattr(engine, "zero_optimization_stage"):
         return -1
     stage: int = engine.zero_optimization_stage()

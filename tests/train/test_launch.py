@@ -25,7 +25,7 @@ from eagle3.configs.settings import Settings, TrainSettings
 from eagle3.models.checkpoint import load_draft
 from eagle3.models.formats import FORMATS
 from eagle3.train.checkpoint import checkpoints
-from eagle3.train.launch import configure, make_accelerator
+from eagle3.train.launch import check_engine, configure, make_accelerator
 from eagle3.train.stage import train
 from safetensors.torch import load_file
 
@@ -176,24 +176,23 @@ def test_a_run_goes_on_under_other_ranks_and_stages(
 
 
 @pytest.mark.slow
-def test_bfloat16_under_zero_goes_on_exactly(
-    launch: Callable[..., subprocess.Popen[str]], run_dir: Path, tmp_path: Path
-) -> None:
-    """The float32 weights that DeepSpeed keeps beside the head's own come back, too."""
-    undisturbed = Path(shutil.copytree(run_dir, tmp_path / "undisturbed"))
+def test_bfloat16_under_zero_goes_on_exactly(launch: Callable[..., subprocess.Popen[str]], run_dir: Path) -> None:
+    """From a checkpoint on the way; the float32 weights that DeepSpeed keeps beside the head's own come back, too."""
     on_gpus = str(ROOT / "configs/accelerate/8gpu.yaml")
     bfloat16 = [*ACCELERATE[:2], "--config_file", on_gpus, "--num_processes", "2", "--main_process_port", "29625"]
-    first = launch(bfloat16)
-    after(run_dir, 7, first)
-    os.kill(trainers(first)[0], signal.SIGTERM)
-    first.communicate(timeout=400)
-    for name in (run_dir.name, undisturbed.name):
-        process = launch(bfloat16, f"run.name={name}")
+    found = []
+    for _ in range(2):
+        process = launch(bfloat16, "train.keep_checkpoints=99")
         said, _ = process.communicate(timeout=400)
         assert process.returncode == 0, said
         assert "train: DeepSpeed ZeRO-2, 2 ranks, bfloat16, cpu" in said
-    assert losses(run_dir) == losses(undisturbed)
-    ours, theirs = last_state(run_dir), last_state(undisturbed)
+        found.append((losses(run_dir), last_state(run_dir)))
+        for late in checkpoints(run_dir / "train" / "checkpoints")[2:]:
+            shutil.rmtree(late)
+        (run_dir / "train" / "done.json").unlink()
+    (undisturbed, theirs), (resumed, ours) = found
+    assert resumed == undisturbed
+    assert ours.keys() == theirs.keys()
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
@@ -206,17 +205,6 @@ def test_every_stage_goes_on_exactly_and_hands_its_state_to_every_other() -> Non
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "8 engines"
-
-
-@pytest.mark.slow
-def test_a_stage_that_does_not_run_is_refused(launch: Callable[..., subprocess.Popen[str]], run_dir: Path) -> None:
-    """DeepSpeed's file outranks the command line."""
-    on_gpus = str(ROOT / "configs/accelerate/8gpu.yaml")
-    asked = [*ACCELERATE[:2], "--config_file", on_gpus, "--zero_stage", "3", "--num_processes", "1"]
-    process = launch([*asked, "--main_process_port", "29626"])
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode != 0
-    assert "error: zero_stage = 3: DeepSpeed runs stage 2; " in said
 
 
 @pytest.mark.parametrize(
@@ -259,6 +247,27 @@ def test_deepspeed_is_given_what_the_recipe_says(short: Settings) -> None:
 def test_what_deepspeed_is_told_otherwise_is_refused(options: dict[str, Any], refusal: str, short: Settings) -> None:
     with pytest.raises(UserError, match=re.escape(refusal)):
         configure(DeepSpeedPlugin(zero_stage=2, **options), short)
+
+
+@pytest.mark.parametrize(
+    ("found", "variables", "refusal"),
+    [
+        (1, {}, "zero_stage = 2: DeepSpeed runs stage 1"),
+        (None, {}, "zero_stage = 2: DeepSpeed does not run"),
+        (2, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage = 3: DeepSpeed runs stage 2"),
+        (2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision = bf16: DeepSpeed trains in torch.float32"),
+    ],
+)
+def test_an_engine_that_was_not_asked_for_is_refused(
+    found: int | None, variables: dict[str, str], refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, engine = DeepSpeedPlugin(zero_stage=2), torch.nn.Linear(1, 1)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    if found is not None:
+        monkeypatch.setattr(engine, "zero_optimization_stage", lambda: found, raising=False)
+    with pytest.raises(UserError, match=re.escape(refusal)):
+        check_engine(plugin, engine)
 
 
 def after(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
