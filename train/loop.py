@@ -187,8 +187,11 @@ class Trainer:
         sums = accelerator.reduce(sums, "sum")  # the step's one wait beside that for the gradients
         hits, counts = sums[1:].view(2, -1).tolist()
         loss = sums[0].item() / max(counts[0], 1)
-        if not math.isfinite(loss):
-            refuse(self.samples, batch.samples, f"the loss of step {batch.step} is {loss}", self._checkpoints()[-1:])
+        # DeepSpeed would leave out a step whose gradients are not finite, and say nothing.
+        for name, value in (("loss", loss), ("gradient norm", 0.0 if norm is None else float(norm))):
+            if not math.isfinite(value):
+                found = f"the {name} of step {batch.step} is {value}"
+                refuse(self.samples, batch.samples, found, self._checkpoints()[-1:])
         seconds, rows = time.perf_counter() - started, [int(count) for count in counts]
         tokens = sum(self.samples.lengths[index] for index in batch.samples)
         return {
