@@ -27,7 +27,7 @@ from ..models.start import begin, feature_scale
 from . import checkpoint
 from .batches import Collated, Schedule, blank, collate, divide, some_states
 from .feed import Clock, Planned, feed
-from .launch import any_rank, gather_parameters
+from .launch import any_rank, description, gather_parameters, prepare
 from .module import Trained, TrainingTimeTest
 from .optimizer import kinds, learning_rate, make_optimizer
 from .progress import TrainProgress
@@ -76,7 +76,9 @@ class Trainer:
         embedding, lm_head = (tensor.to(accelerator.device) for tensor in ends)
         module = TrainingTimeTest(draft, embedding, lm_head, chosen)
         optimizer = make_optimizer(draft, feature_scale(draft, states), chosen)
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.module, self.optimizer = prepare(accelerator, module, optimizer)
+        if accelerator.is_main_process:
+            print(f"train: {description(accelerator, self.module)}", flush=True)
         self.schedule = Schedule(samples.passes, samples.lengths, chosen.batch_tokens, settings.run.seed)
         self.best: dict[str, Any] = {"step": 0, "acceptance_length": 0.0}
         peak = peak_of(accelerator.device)
@@ -172,21 +174,24 @@ class Trainer:
             group["lr"] = rate * group["scale"]
         # Gradients are averaged over ranks and micro-batches; every row of the global batch shall count the same.
         scale = accelerator.num_processes * chosen.accumulation / max(1, planned.rows)
-        sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), 0.0
+        sums, norm = torch.zeros(1 + 2 * chosen.ttt_steps, device=accelerator.device), None
         for part in parts:
             with accelerator.accumulate(self.module):
                 trained: Trained = self.module(part.on(accelerator.device))
                 accelerator.backward(trained.loss * scale)
                 if accelerator.sync_gradients:
-                    norm = float(accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip) or 0.0)
+                    norm = accelerator.clip_grad_norm_(self.module.parameters(), chosen.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             sums += _sums(trained)
         sums = accelerator.reduce(sums, "sum")  # the step's one wait beside that for the gradients
         hits, counts = sums[1:].view(2, -1).tolist()
         loss = sums[0].item() / max(counts[0], 1)
-        if not math.isfinite(loss):
-            refuse(self.samples, batch.samples, f"the loss of step {batch.step} is {loss}", self._checkpoints()[-1:])
+        # DeepSpeed would leave out a step whose gradients are not finite, and say nothing.
+        for name, value in (("loss", loss), ("gradient norm", 0.0 if norm is None else float(norm))):
+            if not math.isfinite(value):
+                found = f"the {name} of step {batch.step} is {value}"
+                refuse(self.samples, batch.samples, found, self._checkpoints()[-1:])
         seconds, rows = time.perf_counter() - started, [int(count) for count in counts]
         tokens = sum(self.samples.lengths[index] for index in batch.samples)
         return {
@@ -195,7 +200,7 @@ class Trainer:
             "loss": round(loss, 7),
             "accuracy": [round(hit / max(count, 1), 4) for hit, count in zip(hits, counts, strict=True)],
             "learning_rate": rate,
-            "grad_norm": round(norm, 7),
+            "grad_norm": None if norm is None else round(float(norm), 7),  # DeepSpeed's stage 0 in float32 has none
             **figures(self.config, tokens, rows, seconds, self._clock.lap(), self._peak),
         }
 

@@ -38,23 +38,24 @@ def parts_of(kinds: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def gathered(module: nn.Module, optimizer: Any, kinds: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Yield ``<parameter>/weight`` and its moments, whole, one at a time; after the first step."""
-    base, parameters = _base(optimizer), parameters_of(module)
+    base, parameters, copies = _base(optimizer), parameters_of(module), _copies(optimizer)
+    _link(optimizer)
     for name, part in parts_of(kinds):
-        yield f"{name}/{part}", _whole(parameters[name], base, part).detach().float().cpu()
+        parameter = copies.get(id(parameters[name]), parameters[name])
+        yield f"{name}/{part}", _whole(parameter, base, part).detach().float().cpu()
 
 
 def restore(
     module: nn.Module, optimizer: Any, kinds: Mapping[str, str], tensors: Mapping[str, Tensor], step: int
 ) -> None:
     """Put back what :func:`gathered` yielded after ``step`` steps; the module's own weights were loaded from it before."""
-    base, parameters = _base(optimizer), parameters_of(module)
+    base, parameters, copies = _base(optimizer), parameters_of(module), _copies(optimizer)
     for held, kind in _held(base, next(iter(parameters.values()))):
         moments = {key: torch.zeros_like(held, dtype=torch.float32) for key in MOMENTS[kind]}
         base.state[held] = {"step": torch.tensor(float(step)), **moments}
-    if (zero := _zero(optimizer)) is not None:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(optimizer)
     for name, part in parts_of(kinds):
-        _put(parameters[name], base, part, tensors[f"{name}/{part}"])
+        _put(copies.get(id(parameters[name]), parameters[name]), base, part, tensors[f"{name}/{part}"])
 
 
 def _held(base: torch.optim.Optimizer, parameter: Any) -> list[tuple[Tensor, str]]:
@@ -66,19 +67,36 @@ def _held(base: torch.optim.Optimizer, parameter: Any) -> list[tuple[Tensor, str
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimiser inside accelerate's and DeepSpeed's."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    base: torch.optim.Optimizer = optimizer
+    *_, innermost = _wrappers(optimizer)
+    base: torch.optim.Optimizer = innermost.optimizer
     return base
 
 
-def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's optimiser of stages 1 and 2 (and of bfloat16 at stage 0), whose shards learn of their moments late."""
+def _wrappers(optimizer: Any) -> Iterator[Any]:
+    """Accelerate's and DeepSpeed's optimisers around the torch optimiser."""
     while hasattr(optimizer, "optimizer"):
-        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-            return optimizer
+        yield optimizer
         optimizer = optimizer.optimizer
-    return None
+
+
+def _link(optimizer: Any) -> None:
+    """Let the parameters' shards find their moments under ZeRO 1 and 2.
+
+    DeepSpeed does so once, after the step of the first group of parameters, when the others have no moments yet.
+    """
+    for wrapper in _wrappers(optimizer):
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._hp_optimizer_states_linked = False
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+
+def _copies(optimizer: Any) -> dict[int, nn.Parameter]:
+    """The float32 copies, whole, that DeepSpeed steps in bfloat16 at stage 0, by the ``id`` of the head's parameters."""
+    for wrapper in _wrappers(optimizer):
+        if hasattr(wrapper, "fp32_groups"):
+            pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+            return {id(own): copy for group in pairs for own, copy in zip(*group, strict=True)}
+    return {}
 
 
 def _whole(parameter: Any, base: torch.optim.Optimizer, part: str) -> Tensor:

@@ -283,16 +283,22 @@ def test_a_batch_of_prompts_alone_teaches_nothing(
     assert all(line["loss"] > 0 for line in others)
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
 def test_a_loss_that_is_not_finite_names_step_and_samples(
-    short: Settings, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    short: Settings, run_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     def losing(self: loop.TrainingTimeTest, batch: object) -> object:
         trained = forward(self, batch)
-        return trained._replace(loss=trained.loss * math.nan) if self.training else trained
+        if not self.training:
+            return trained
+        if what == "loss":
+            return trained._replace(loss=trained.loss * math.nan)
+        trained.loss.register_hook(lambda gradient: gradient * math.nan)
+        return trained
 
     forward = loop.TrainingTimeTest.forward
     monkeypatch.setattr(loop.TrainingTimeTest, "forward", losing)
-    said = r"the loss of step 1 is nan; its samples are train-\d+, .*; there is no checkpoint yet; lower"
+    said = rf"the {what} of step 1 is nan; its samples are train-\d+, .*; there is no checkpoint yet; lower"
     with pytest.raises(Incomplete, match=said):
         train(short, run_dir)
 
