@@ -4,6 +4,6 @@
     operations.prepare([weights.qkv, weights.mlp])                                # packed, and timed beside plain torch
     operations.linear(x, weights.qkv)                                             # whichever was faster for so many rows
 
-``products.cpp`` is the source, ``library`` compiles and loads it, ``operations`` chooses by measurement, shape by shape.
+``products.cpp`` is the source, ``compiler`` compiles and loads it, ``operations`` chooses by measurement, shape by shape.
 Without a C++ compiler everything is computed in plain torch, which is the reference, and :func:`describe` says so.
 """

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..config import DecoderConfig
 from ..operations import Matrix, Operations
 from ..sights import Blocks, Sight
 from ..weights import Dense, Experts
-from .library import Library, Unavailable, load_library
+from .compiler import Compiled, Unavailable, load_compiled
 
 #: Numbers of a matrix, up to which it is packed: a larger one is worth several threads.
 SMALL = 1 << 20
@@ -46,13 +46,13 @@ class CompiledOperations(Operations):
 
     Args:
         config: the decoder's.
-        library: the compiled functions.
+        built: the compiled functions.
     """
 
-    def __init__(self, config: DecoderConfig, library: Library) -> None:
+    def __init__(self, config: DecoderConfig, built: Compiled) -> None:
         super().__init__(config, torch.device("cpu"))
-        self.library = library
-        self._functions = library.functions
+        self.built = built
+        self._functions = built.functions
         queries = config.query_width
         self._attends = not config.head_dim % self._functions.eagle3_lanes() and config.hidden_size * queries <= SMALL
         self._fast: dict[int, Fast] = {}
@@ -61,7 +61,7 @@ class CompiledOperations(Operations):
     @property
     def described(self) -> str:
         """See :class:`Operations`."""
-        return f"compiled products, {self.library.isa}"
+        return f"compiled products, {self.built.isa}"
 
     def prepare(self, matrices: Iterable[Matrix]) -> None:
         """See :class:`Operations`: pack what is small, and time each shape beside plain torch, both in one thread."""
@@ -158,12 +158,7 @@ class CompiledOperations(Operations):
     def _packed_mlp(self, weights: Dense) -> Fast:
         (hidden, both), inner = weights.gate_up.shape, weights.down.shape[0]
         packed = self._pack(weights.gate_up), self._pack(weights.down)
-        pointers, function = [tensor.data_ptr() for tensor in packed], self._functions.eagle3_mlp
-
-        def run(x: Tensor, y: Tensor) -> None:
-            x = x.contiguous()
-            function(x.data_ptr(), x.shape[0], hidden, inner, *pointers, y.data_ptr())
-
+        run = _calling(self._functions.eagle3_mlp, (hidden, inner), packed)
         return Fast(run, hidden, (hidden, both, inner), 0, packed)
 
     def _packed_experts(self, weights: Experts) -> Fast:
@@ -175,12 +170,7 @@ class CompiledOperations(Operations):
             torch.cat([self._pack(gate_up) for gate_up in weights.gate_up]),
             torch.cat([self._pack(down) for down in weights.down]),
         )
-        pointers, function = [tensor.data_ptr() for tensor in packed], self._functions.eagle3_experts
-
-        def run(x: Tensor, y: Tensor) -> None:
-            x = x.contiguous()
-            function(x.data_ptr(), x.shape[0], hidden, inner, count, top_k, *pointers, y.data_ptr())
-
+        run = _calling(self._functions.eagle3_experts, (hidden, inner, count, top_k), packed)
         return Fast(run, hidden, (hidden, count, inner, top_k), 0, packed)
 
     def _pack(self, weight_IO: Tensor) -> Tensor:
@@ -221,6 +211,17 @@ class CompiledOperations(Operations):
         return most
 
 
+def _calling(function: Any, sizes: tuple[int, ...], packed: tuple[Tensor, ...]) -> Callable[[Tensor, Tensor], None]:
+    """``function`` of rows x, their sizes, the packed weights and the results y; whoever calls it keeps the weights."""
+    pointers = [tensor.data_ptr() for tensor in packed]
+
+    def run(x: Tensor, y: Tensor) -> None:
+        x = x.contiguous()
+        function(x.data_ptr(), x.shape[0], *sizes, *pointers, y.data_ptr())
+
+    return run
+
+
 def _small(matrix: Matrix) -> bool:
     if isinstance(matrix, Experts):
         return _small(matrix.shared)
@@ -257,7 +258,7 @@ def make_operations(config: DecoderConfig, device: torch.device, dtype: torch.dt
     """Compiled where that can be had and may pay: float32 on a CPU, and a compiler; else plain torch."""
     if device.type == "cpu" and dtype == torch.float32:
         try:
-            return CompiledOperations(config, load_library())
+            return CompiledOperations(config, load_compiled())
         except Unavailable as reason:
             _say(str(reason))
     return Operations(config, device)

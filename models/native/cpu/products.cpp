@@ -6,7 +6,7 @@
 //
 // A row's result does not depend on the rows beside it: every output is one sum, over inputs in their order.
 //
-// Compiled by library.py with GCC or Clang for the machine's own instructions; float32 alone.
+// Compiled by compiler.py with GCC or Clang for the machine's own instructions; float32 alone.
 
 #include <algorithm>
 #include <cmath>

@@ -15,13 +15,13 @@ from ctypes import byref, c_int64
 import torch
 from torch import Tensor
 
-from .library import Library, Unavailable, load_library
+from .compiler import Compiled, Unavailable, load_compiled
 
 
 @functools.cache
-def _library() -> Library | None:
+def _built() -> Compiled | None:
     try:
-        return load_library()
+        return load_compiled()
     except Unavailable:
         return None
 
@@ -32,15 +32,15 @@ def suits(logits: Tensor) -> bool:
         logits.device.type == "cpu"
         and logits.dtype == torch.float32
         and logits.is_contiguous()
-        and _library() is not None
+        and _built() is not None
     )
 
 
 def draw(logits_D: Tensor, temperature: float, uniform_1: Tensor) -> tuple[Tensor, Tensor]:
     """A token ``[1]`` at ``temperature`` > 0 for a float64 number in [0, 1), and the probabilities ``[D]`` it was drawn from."""
-    library, q_D, id_1 = _library(), torch.empty_like(logits_D), torch.empty(1, dtype=torch.long)
-    assert library is not None
-    library.functions.eagle3_draw(
+    built, q_D, id_1 = _built(), torch.empty_like(logits_D), torch.empty(1, dtype=torch.long)
+    assert built is not None
+    built.functions.eagle3_draw(
         logits_D.data_ptr(), len(q_D), temperature, uniform_1.data_ptr(), q_D.data_ptr(), id_1.data_ptr()
     )
     return id_1, q_D
@@ -65,14 +65,14 @@ def accept(
         drawn: draft ids ``[K]``, the probabilities ``[K or more, D]`` that they were drawn from, and the draft vocabulary's
             target ids ``[D]``; None: they were chosen greedily.
     """
-    library, added = _library(), c_int64()
-    assert library is not None
+    built, added = _built(), c_int64()
+    assert built is not None
     ids = probabilities = vocabulary = None
     reach = 0
     if drawn is not None:
         ids, probabilities, vocabulary = (tensor.data_ptr() for tensor in drawn)
         reach = drawn[1].shape[1]
-    accepted = library.functions.eagle3_accept(
+    accepted = built.functions.eagle3_accept(
         logits.data_ptr(), len(tokens_K), logits.shape[1], temperature, tokens_K.data_ptr(), ids, probabilities, reach,
         vocabulary, uniform.data_ptr(), kept, byref(added),
     )  # fmt: skip

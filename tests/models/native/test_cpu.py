@@ -10,8 +10,8 @@ import pytest
 import torch
 from eagle3.models.native.cache import Cache
 from eagle3.models.native.config import DecoderConfig, LayerConfig
-from eagle3.models.native.cpu import library, operations
-from eagle3.models.native.cpu.library import Unavailable, load_library
+from eagle3.models.native.cpu import compiler, operations
+from eagle3.models.native.cpu.compiler import Unavailable, load_compiled
 from eagle3.models.native.cpu.operations import ROWS, CompiledOperations, make_operations
 from eagle3.models.native.decoder import Decoder
 from eagle3.models.native.operations import Operations
@@ -33,14 +33,14 @@ def config(experts: int = 0, hidden: int = 32, width: int = 48, top_k: int = 1) 
 def _always_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clock says: these tests are about the numbers."""
     try:
-        load_library()
+        load_compiled()
     except Unavailable as reason:
         pytest.skip(f"compiled products: {reason}")
     monkeypatch.setattr(CompiledOperations, "_most_rows", lambda *_: ROWS[-1])
 
 
 def ways(of: DecoderConfig) -> tuple[CompiledOperations, Operations]:
-    return CompiledOperations(of, load_library()), Operations(of, CPU)
+    return CompiledOperations(of, load_compiled()), Operations(of, CPU)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 8, 13, 64])
@@ -205,7 +205,7 @@ def test_what_is_large_or_narrow_is_left_to_torch(monkeypatch: pytest.MonkeyPatc
     matrices = [torch.zeros(32, 32), torch.zeros(32, 33), mlp.shared, mlp]
     for small, kept in ((1024, 1), (1056, 2), (mlp.shared.gate_up.numel(), 4)):
         monkeypatch.setattr(operations, "SMALL", small)
-        made = CompiledOperations(of, load_library())
+        made = CompiledOperations(of, load_compiled())
         made.prepare(matrices)
         assert len(made._fast) == kept
 
@@ -215,15 +215,15 @@ def test_without_a_compiler(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    load_library.cache_clear()
+    load_compiled.cache_clear()
     try:
         with pytest.raises(Unavailable, match=r"no C\+\+ compiler"):
-            load_library()
+            load_compiled()
         made = make_operations(config(), CPU, torch.float32)
         assert type(made) is Operations and made.described == "products by torch"
         assert "left to torch, which is slower: no C++ compiler" in capsys.readouterr().err
     finally:
-        load_library.cache_clear()
+        load_compiled.cache_clear()
 
 
 def test_a_compiler_that_fails_says_why_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -234,49 +234,49 @@ def test_a_compiler_that_fails_says_why_in_a_line(monkeypatch: pytest.MonkeyPatc
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    load_library.cache_clear()
+    load_compiled.cache_clear()
     try:
         with pytest.raises(Unavailable, match="cannot compile them: no such thing$"):
-            load_library()
+            load_compiled()
         assert not list((tmp_path / "cache" / "eagle3" / "kernels").iterdir())
     finally:
-        load_library.cache_clear()
+        load_compiled.cache_clear()
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And again where what is there cannot be loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made = list[Path]()
-    real = library._compile
+    real = compiler._compile
 
     def compiled(compiler: str, flags: tuple[str, ...], path: Path) -> None:
         made.append(path)
         path.write_bytes(b"half a library") if len(made) == 1 else real(compiler, flags, path)
 
-    monkeypatch.setattr(library, "_compile", compiled)
+    monkeypatch.setattr(compiler, "_compile", compiled)
     try:
-        load_library.cache_clear()
+        load_compiled.cache_clear()
         with pytest.raises(Unavailable, match="cannot be loaded"):
-            load_library()
+            load_compiled()
         for _ in range(2):
-            load_library.cache_clear()
-            load_library()
+            load_compiled.cache_clear()
+            load_compiled()
         assert len(made) == 2 and made[1].exists()
     finally:
-        load_library.cache_clear()
+        load_compiled.cache_clear()
 
 
 def test_vectors_are_no_wider_than_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    load_library.cache_clear()
+    load_compiled.cache_clear()
     try:
-        assert load_library().isa != "AVX-512"
+        assert load_compiled().isa != "AVX-512"
         compiled, plain = ways(config())
         x, weight = torch.randn(7, 33), torch.randn(33, 65)
         compiled.prepare([weight])
         assert_close(compiled.linear(x, weight), plain.linear(x, weight), 1e-5)
     finally:
-        load_library.cache_clear()
+        load_compiled.cache_clear()
 
 
 def test_logits_of_one_row_have_one_dimension(pair: Pair) -> None:

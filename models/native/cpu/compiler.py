@@ -1,7 +1,7 @@
 """Compiles ``products.cpp`` for this machine, once, and loads it.
 
-    library = load_library()          # Library, or raises Unavailable
-    library.isa                       # "AVX-512"
+    built = load_compiled()          # Compiled, or raises Unavailable
+    built.isa                         # "AVX-512"
 
 The compiler is ``$CXX``, or the first of c++, g++ and clang++. What it makes lies in the user's cache folder
 (``$XDG_CACHE_HOME/eagle3/kernels`` or ``~/.cache/eagle3/kernels``) under a name made of the source, the compiler, the flags
@@ -51,7 +51,7 @@ class Unavailable(Exception):
     """There are no compiled products here; the message says why."""
 
 
-class Library(NamedTuple):
+class Compiled(NamedTuple):
     """The loaded functions, the instructions that they use, and the compiler that made them."""
 
     functions: Any
@@ -60,7 +60,7 @@ class Library(NamedTuple):
 
 
 @functools.cache
-def load_library() -> Library:
+def load_compiled() -> Compiled:
     """The compiled products of this machine.
 
     Raises:
@@ -86,7 +86,7 @@ def load_library() -> Library:
     for name in COUNTS:
         getattr(functions, name).restype = N
     functions.eagle3_isa.restype = c_char_p
-    return Library(functions, functions.eagle3_isa().decode(), version)
+    return Compiled(functions, functions.eagle3_isa().decode(), version)
 
 
 def _compiler() -> str:
