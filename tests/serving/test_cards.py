@@ -64,7 +64,7 @@ def test_a_head_that_is_misread_accepts_less_than_its_card_says(
     plant(theirs)
     assert main(["import", str(theirs), RECIPE, "--format", "hf", "--out", str(tmp_path / "head")]) == 0
     shutil.copytree(DEMO / "conversations", tmp_path / "run" / "conversations")
-    changes = [f"run.root={tmp_path}", "run.name=run", f"eval.draft={tmp_path / 'head'}"]
+    changes = [f"run.root={tmp_path}", "run.name=run", f"eval.draft={tmp_path / 'head'}", "eval.chain=5"]
     assert main(["eval", RECIPE, *changes, "eval.temperatures=0"]) == 0  # the answers that the card is about
     report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())
     said = [warning for warning in report["warnings"] if "its card says an acceptance length of" in warning]
