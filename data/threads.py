@@ -86,7 +86,7 @@ def computing(
 ) -> Iterator[None]:
     """What a stage computes on a CPU with the threads that suit its work; the first process says how many they are.
 
-    Threads that are started meanwhile, to load or to hash, begin with one each: they shall not keep the cores from it.
+    Threads that are started meanwhile, to load or to hash, begin with one each, so that they do not compete for its cores.
 
     Args:
         stage: its name.

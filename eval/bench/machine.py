@@ -57,7 +57,7 @@ def spinning(count: int) -> Iterator[list[int]]:
                 [sys.executable, "-I", "-S", "-c", SPIN, str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # Ctrl-C reaches it too, and it shall not print a traceback
+                stderr=subprocess.DEVNULL,  # Ctrl-C reaches it too, and must not print a traceback
             )
             stack.callback(_end, process)
             processes.append(process.pid)

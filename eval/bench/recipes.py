@@ -113,7 +113,9 @@ def measure(asked: argparse.Namespace, variants: dict[str, tuple[str, ...]]) -> 
         if not path.is_file():
             raise UserError("--run", asked.run, f"there is no {path}", "give a run whose states are recorded")
     for overrides in variants.values():
-        load(asked.config, [*asked.overrides, *overrides])  # a mistake in the last shall not wait for the first
+        load(
+            asked.config, [*asked.overrides, *overrides]
+        )  # report a mistake in any variant before the first is trained
     bench = Bench(asked, run)
     heads: dict[str, list[Head]] = {name: [] for name in variants}
     total = asked.seeds * len(variants)

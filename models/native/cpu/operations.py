@@ -212,7 +212,7 @@ class CompiledOperations(Operations):
 
 
 def _calling(function: Any, sizes: tuple[int, ...], packed: tuple[Tensor, ...]) -> Callable[[Tensor, Tensor], None]:
-    """``function`` of rows x, their sizes, the packed weights and the results y; whoever calls it keeps the weights."""
+    """``function`` of rows x, their sizes, the packed weights and the results y; the caller keeps the weights alive."""
     pointers = [tensor.data_ptr() for tensor in packed]
 
     def run(x: Tensor, y: Tensor) -> None:
